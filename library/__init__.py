@@ -1,0 +1,1 @@
+"""Training of Stable Diffusion on masked pictures: dataset, cache, losses, models and the loop."""

@@ -1,0 +1,1 @@
+"""From a dataset config to the batches of a run."""

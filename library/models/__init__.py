@@ -1,0 +1,1 @@
+"""Model families: loading, text, prediction, and the names of LoRA targets."""

@@ -1,0 +1,1 @@
+"""Key tables of checkpoint files, both directions: data without logic."""
