@@ -1,0 +1,139 @@
+"""What a run measures: losses read back one step late, so that no step waits for the device."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+
+
+class LossError(UserError):
+    """The loss of a step is not a finite number."""
+
+
+@dataclass(frozen=True)
+class LossRecord:
+    """What one optimizer step measured."""
+
+    step: int  # 1-based
+    epoch: int  # 1-based
+    loss: float  # mean over the images of the step, of all processes
+    learning_rates: dict[str, float]
+    extras: dict[str, float]  # what the trainee measured, such as norms
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """What one optimizer step leaves on the device."""
+
+    step: int
+    epoch: int
+    losses: list[Tensor]  # (B,) a micro-batch
+    names: tuple[str, ...]  # the images, in the order of losses
+    learning_rates: dict[str, float]
+    extras: dict[str, Tensor]  # scalars
+
+
+@dataclass(frozen=True)
+class _Pending:
+    measured: StepLosses
+    values: Tensor  # own losses, then sum and number over all processes, then extras; on their way to the host
+    arrived: torch.cuda.Event | None
+
+
+class LossReader:
+    """Brings losses to the host without making the device wait: each is read when the next one is pushed."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Prepare a reader.
+
+        Args:
+            reduce: sums a tensor over the processes; None where there is one.
+        """
+        self._reduce = reduce
+        self._pending: deque[_Pending] = deque()
+
+    def push(self, measured: StepLosses) -> Iterator[LossRecord]:
+        """Send a step's numbers on their way; return the records that have arrived."""
+        losses = torch.cat([loss.detach().float() for loss in measured.losses])
+        total = torch.stack([losses.sum(), torch.ones_like(losses).sum()])
+        extras = [value.detach().float().reshape(1).to(losses.device) for value in measured.extras.values()]
+        values = torch.cat([losses, self._reduce(total) if self._reduce else total, *extras])
+        arrived = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._pending.append(_Pending(measured, values, arrived))
+        return self._read(keep=1)
+
+    def drain(self) -> Iterator[LossRecord]:
+        """Return all records still on their way; waits for the device."""
+        return self._read(keep=0)
+
+    def _read(self, keep: int) -> Iterator[LossRecord]:
+        while len(self._pending) > keep:
+            yield _record(self._pending.popleft())
+
+
+def _record(pending: _Pending) -> LossRecord:
+    if pending.arrived is not None:
+        pending.arrived.synchronize()  # a whole step old: it has long passed
+    measured, values = pending.measured, pending.values.tolist()
+    own, (total, number), extras = values[: (n := len(measured.names))], values[n : n + 2], values[n + 2 :]
+    if not math.isfinite(total):
+        raise LossError(_broken(measured, own))
+    return LossRecord(
+        measured.step,
+        measured.epoch,
+        total / number,
+        measured.learning_rates,
+        dict(zip(measured.extras, extras, strict=True)),
+    )
+
+
+def _broken(measured: StepLosses, losses: list[float]) -> str:
+    names = sorted({name for name, loss in zip(measured.names, losses, strict=True) if not math.isfinite(loss)})
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (
+        f"step {measured.step}: the loss is not a finite number for "
+        f"{', '.join(names[:5]) + more if names else 'an image of another process'}. Training stopped and nothing was "
+        "saved after it. Look at these images, lower the learning rate, or use bf16 and --no_half_vae."
+    )
+
+
+@dataclass
+class LossHistory:
+    """The curve so far, with the mean over the last epoch's window as the progress bar shows it."""
+
+    window: int  # optimizer steps in an epoch
+    records: list[LossRecord] = field(default_factory=list)
+    started_s: float = field(default_factory=time.monotonic)
+    _recent: deque[float] = field(default_factory=deque)
+    _sum: float = 0.0
+
+    def add(self, record: LossRecord) -> None:
+        """Append a record."""
+        self.records.append(record)
+        self._recent.append(record.loss)
+        self._sum += record.loss
+        if len(self._recent) > self.window:
+            self._sum -= self._recent.popleft()
+
+    @property
+    def average(self) -> float:
+        """The mean loss over the last epoch's worth of steps; 0 before the first."""
+        return self._sum / len(self._recent) if self._recent else 0.0
+
+    def epoch_average(self, epoch: int) -> float:
+        """The mean loss of one epoch; 0 if it has no record."""
+        values = [record.loss for record in self.records if record.epoch == epoch]
+        return sum(values) / len(values) if values else 0.0

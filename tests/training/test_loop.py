@@ -1,0 +1,50 @@
+"""How micro-batches group into steps and epochs, and how a run is asked to stop."""
+
+import os
+import signal
+
+import pytest
+
+from library.training import draws, interrupts
+from library.training.loop import Place, Span, places
+
+
+def test_an_epoch_of_five_batches_with_accumulation_two_has_three_steps() -> None:
+    span = Span(max_train_steps=6, batches_per_epoch=5, accumulation=2)
+    assert span.steps_per_epoch == 3
+    assert span.num_epochs == 2
+    assert [place.is_update for place in places(span)] == [False, True, False, True, True] * 2
+    assert [place.step for place in places(span)] == [1, 1, 2, 2, 3, 4, 4, 5, 5, 6]
+
+
+def test_the_run_ends_at_max_train_steps_in_the_middle_of_an_epoch() -> None:
+    span = Span(max_train_steps=4, batches_per_epoch=3, accumulation=1)
+    assert span.num_epochs == 2
+    assert list(places(span))[-1] == Place(position=3, epoch=2, step=4, is_update=True, is_epoch_end=False)
+
+
+def test_only_the_last_batch_of_an_epoch_ends_it() -> None:
+    ends = [place.is_epoch_end for place in places(Span(4, batches_per_epoch=2, accumulation=1))]
+    assert ends == [False, True, False, True]
+
+
+def test_a_seed_is_a_pure_function_of_its_parts() -> None:
+    assert draws.seed_of(1, 2, 3) == draws.seed_of(1, 2, 3)
+    assert len({draws.seed_of(1, position, process) for position in range(100) for process in range(4)}) == 400
+    assert draws.seed_of(0) == 8493733112532773764  # on every machine: a resumed run may be on another one
+
+
+def test_the_first_interrupt_is_a_request_and_the_second_stops_at_once() -> None:
+    with interrupts.deferred() as stop:
+        assert not stop.is_set
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_handlers_before_are_restored() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts.deferred():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,68 @@
+"""Losses come back in order, one step late, and a broken one names its images."""
+
+import pytest
+import torch
+
+from library.training.metrics import LossError, LossHistory, LossReader, LossRecord, StepLosses
+
+
+def losses_of(step: int, *values: float, **extras: float) -> StepLosses:
+    names = tuple(f"image{index}.png" for index in range(len(values)))
+    return StepLosses(
+        step, 1, [torch.tensor(values)], names, {"unet": 1e-4}, {key: torch.tensor(value) for key, value in extras.items()}
+    )
+
+
+def test_a_loss_is_read_when_the_next_one_is_pushed() -> None:
+    reader = LossReader()
+    assert list(reader.push(losses_of(1, 1.0, 3.0))) == []
+    (record,) = reader.push(losses_of(2, 5.0))
+    assert (record.step, record.loss) == (1, 2.0)
+    (record,) = reader.drain()
+    assert (record.step, record.loss) == (2, 5.0)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_all_its_images() -> None:
+    reader = LossReader()
+    micro_batches = [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]
+    list(reader.push(StepLosses(1, 1, micro_batches, ("a", "b", "c"), {}, {})))
+    (record,) = reader.drain()
+    assert record.loss == 3.0
+
+
+def test_what_the_trainee_measured_travels_with_its_own_step() -> None:
+    reader = LossReader()
+    list(reader.push(losses_of(1, 1.0, norm=0.25)))
+    (record,) = reader.push(losses_of(2, 1.0, norm=0.75))
+    assert record.extras == {"norm": 0.25}
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_its_image_and_no_other(broken: float) -> None:
+    reader = LossReader()
+    list(reader.push(losses_of(7, 1.0, broken)))
+    with pytest.raises(LossError, match=r"step 7.*image1\.png") as raised:
+        list(reader.drain())
+    assert "image0.png" not in str(raised.value)
+
+
+def test_a_broken_loss_of_another_process_stops_this_one_too() -> None:
+    reader = LossReader(reduce=lambda total: total + torch.tensor([float("nan"), 1.0]))
+    list(reader.push(losses_of(1, 1.0)))
+    with pytest.raises(LossError, match="another process"):
+        list(reader.drain())
+
+
+def test_the_loss_is_the_mean_over_all_processes() -> None:
+    reader = LossReader(reduce=lambda total: total + torch.tensor([5.0, 1.0]))
+    list(reader.push(losses_of(1, 1.0)))
+    (record,) = reader.drain()
+    assert record.loss == 3.0
+
+
+def test_the_average_is_taken_over_the_last_epochs_window() -> None:
+    history = LossHistory(window=2)
+    for step, loss in enumerate([9.0, 1.0, 2.0], start=1):
+        history.add(LossRecord(step, 1, loss, {}, {}))
+    assert history.average == 1.5
+    assert history.epoch_average(1) == 4.0
