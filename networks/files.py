@@ -1,0 +1,131 @@
+"""LoRA files: tensors in, tensors out, and what their names say about the network."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from library.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+NUM_NAMES_SHOWN = 5  # of a long list, in a message
+DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """What a file holds for one module."""
+
+    down: Tensor  # (R, in) or (R, in, k, k)
+    up: Tensor  # (out, R) or (out, R, 1, 1)
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.down.shape[0]
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA file by name, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such LoRA file.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a LoRA file ({type(error).__name__}: {error}).") from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{path}: holds no tensors by name, so it is not a LoRA file.")
+    return loaded
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """Write a LoRA file under a temporary name, then rename it: there is never half a file.
+
+    Args:
+        path: ends in .safetensors, otherwise torch's own format is written, which holds no metadata.
+        tensors: by name; alphas are cast like the others.
+        dtype: to write in; None: as they are.
+        metadata: for the header of a safetensors file.
+    """
+    path = Path(path)
+    stored = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".safetensors":
+            save_file(stored, temporary, dict(metadata or {}))
+        else:
+            torch.save(stored, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def modules_in(tensors: Mapping[str, Tensor], origin: str) -> dict[str, StoredModule]:
+    """Return what a file holds by module name.
+
+    Args:
+        tensors: as read.
+        origin: the file, named in errors.
+
+    Raises:
+        CheckpointError: no module at all, half a module, or ranks that do not fit together.
+    """
+    names = [name.removesuffix(DOWN) for name in tensors if name.endswith(DOWN)]
+    if not names:
+        example = next(iter(tensors), "no tensors")
+        raise CheckpointError(
+            f'{origin}: holds no "<module>{DOWN}", so networks.lora cannot read it (its first entry: {example}). '
+            "Is it of another kind, or in another tool's naming?"
+        )
+    modules = {}
+    for name in names:
+        down, up = tensors[name + DOWN], tensors.get(name + UP)
+        if up is None:
+            raise CheckpointError(f"{origin}: {name}{UP} is missing.")
+        if down.dim() not in {2, 4} or up.dim() not in {2, 4} or up.shape[1] != down.shape[0]:
+            raise CheckpointError(
+                f"{origin}: {name} has down {tuple(down.shape)} and up {tuple(up.shape)}, no LoRA pair."
+            )
+        alpha = tensors.get(name + ALPHA)
+        modules[name] = StoredModule(down, up, float(down.shape[0] if alpha is None else alpha))
+    return modules
+
+
+def fitted(tensor: Tensor, shape: torch.Size) -> Tensor | None:
+    """Return tensor in the given shape if they differ only in trailing 1s (Linear against 1x1), else None."""
+    if tensor.shape == shape:
+        return tensor
+    short, long = sorted((tensor.shape, shape), key=len)
+    if (len(short), len(long)) == (2, 4) and tuple(long) == (*short, 1, 1):
+        return tensor.reshape(shape)
+    return None
+
+
+def warn_of_names(origin: str | os.PathLike[str], what: str, names: Sequence[str]) -> None:
+    """Log one warning that counts names and shows the first of them; none for no names."""
+    if names:
+        more = f" and {len(names) - NUM_NAMES_SHOWN} more" if len(names) > NUM_NAMES_SHOWN else ""
+        log.warning("%s: %d %s: %s%s", origin, len(names), what, ", ".join(names[:NUM_NAMES_SHOWN]), more)

@@ -1,0 +1,167 @@
+"""The low-rank update of one Linear or Conv2d."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.models.family import LoraTarget
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Probabilities of leaving something out of a training step; None or 0: never."""
+
+    neuron: float | None = None  # an element of the rank-space activation
+    rank: float | None = None  # a rank, for a whole sample
+    module: float | None = None  # the module, for a whole batch
+
+
+def rank_scales(uniform: Tensor, probability: float) -> Tensor:
+    """Return what each rank's activation is multiplied by: 0, or 1/(1-p) to keep the mean.
+
+    Args:
+        uniform: (B, R) draws from [0, 1).
+        probability: of dropping a rank, in [0, 1).
+    Returns: (B, R).
+    """
+    return (uniform > probability) / (1 - probability)
+
+
+def is_skipped(uniform: float, probability: float | None) -> bool:
+    """Return whether the module sits this step out, from one draw in [0, 1)."""
+    return probability is not None and uniform < probability
+
+
+class LoraLayer(nn.Module):
+    """A target's output plus up(down(x)) * multiplier * alpha / rank.
+
+    The target's own weights and names stay untouched: while attached, only its `forward` is this layer's.
+    Tensors: lora_down.weight (R, in) or (R, in, k, k); lora_up.weight (out, R) or (out, R, 1, 1); alpha ().
+    """
+
+    alpha: Tensor
+
+    def __init__(
+        self,
+        target: LoraTarget,
+        rank: int,
+        alpha: float | None,
+        dropout: Dropout,
+        multiplier: float = 1.0,
+    ) -> None:
+        """Make a layer that changes nothing yet, since lora_up starts at 0.
+
+        Args:
+            target: the module to adapt; a Linear, or a Conv2d without groups.
+            rank: R, at least 1.
+            alpha: strength in units of 1/R; None or 0: as if it were R.
+            dropout: used in training mode only.
+            multiplier: strength of the whole update.
+        """
+        super().__init__()
+        self.target = target
+        self.rank = rank
+        self.dropout = dropout
+        self.multiplier = multiplier
+        self.lora_down, self.lora_up = _low_rank_pair(target.module, rank)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up.weight)
+        self.scale = (alpha or rank) / rank
+        self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
+        self.register_load_state_dict_post_hook(_refresh_scale)
+        self._base_forward: Any = None  # the target's forward while attached
+        self._outer: Any = None  # what stood in the target's __dict__ before, such as another network's layer
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the target computes with this layer."""
+        return self._base_forward is not None
+
+    def attach(self) -> None:
+        """Make the target compute with this layer."""
+        assert not self.is_attached, f"{self.target.name} is attached already"
+        module = self.target.module
+        self._outer = module.__dict__.get("forward")
+        self._base_forward = module.forward
+        module.forward = self.forward
+
+    def detach(self) -> None:
+        """Give the target its former forward back."""
+        module = self.target.module
+        assert self.is_attached, f"{self.target.name} is not attached"
+        assert module.__dict__["forward"] == self.forward, f"{self.target.name}: another layer was attached since"
+        if self._outer is None:
+            del module.forward
+        else:
+            module.forward = self._outer
+        self._base_forward = self._outer = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the target's output for x with the update added, in the target's output type.
+
+        Args:
+            x: (B, ..., in) for a Linear, (B, in, H, W) for a Conv2d.
+        """
+        if self.multiplier == 0 or (self.training and self._sits_out()):
+            return self._base_forward(x)
+        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+            # Once for both branches; autocast would do it in each.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        base = self._base_forward(x)
+        added = torch.add(base, self._update(x), alpha=self.multiplier * self.scale)
+        return added.to(base.dtype)
+
+    def _update(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_down.weight.dtype)
+        hidden = self.lora_down(x)
+        if self.training:
+            hidden = self._drop(hidden)
+        return self.lora_up(hidden)
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        if self.dropout.neuron:
+            hidden = F.dropout(hidden, self.dropout.neuron)
+        if self.dropout.rank:
+            uniform = torch.rand(hidden.shape[0], self.rank, device=hidden.device)
+            hidden = hidden * self.spread(rank_scales(uniform, self.dropout.rank), hidden)
+        return hidden
+
+    def spread(self, scales: Tensor, hidden: Tensor) -> Tensor:
+        """Return scales (B, R) shaped to multiply hidden, whose ranks are its last axis, or the second of an image."""
+        batch = scales.shape[0]
+        if isinstance(self.lora_down, nn.Conv2d):
+            return scales.view(batch, self.rank, 1, 1).to(hidden.dtype)
+        return scales.view(batch, *(1,) * (hidden.dim() - 2), self.rank).to(hidden.dtype)
+
+    def _sits_out(self) -> bool:
+        # Drawn on the CPU: the answer steers Python, and a draw on the device would have to be waited for.
+        return bool(self.dropout.module) and is_skipped(float(torch.rand(1)), self.dropout.module)
+
+
+def _low_rank_pair(module: nn.Module, rank: int) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
+    if isinstance(module, nn.Linear):
+        return nn.Linear(module.in_features, rank, bias=False), nn.Linear(rank, module.out_features, bias=False)
+    assert isinstance(module, nn.Conv2d), type(module)
+    assert module.groups == 1, "the update of a grouped convolution has another shape"
+    down = nn.Conv2d(
+        module.in_channels,
+        rank,
+        module.kernel_size,  # type: ignore[arg-type]  # typed as a tuple of any length
+        module.stride,  # type: ignore[arg-type]
+        module.padding,  # type: ignore[arg-type]
+        module.dilation,  # type: ignore[arg-type]
+        bias=False,
+    )
+    return down, nn.Conv2d(rank, module.out_channels, 1, bias=False)
+
+
+def _refresh_scale(layer: LoraLayer, _incompatible_keys: object) -> None:
+    # sd-scripts keeps the scale of construction, so that a file with another alpha acts with the wrong strength.
+    layer.scale = float(layer.alpha) / layer.rank
