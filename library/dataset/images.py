@@ -1,0 +1,218 @@
+"""Image files to pixels, read alike for training, caching and checking; no torch in here."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from library.dataset import geometry
+from library.dataset.geometry import Pixels, Transform
+from library.errors import DataError
+from library.masks import MaskSource, Sums, shrink, to_array
+
+if TYPE_CHECKING:
+    from library.dataset.plan import Sample
+
+ORIENTATION = 0x0112  # the EXIF tag
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The pixels of one file as seen: its EXIF orientation applied."""
+
+    rgb: Pixels  # (H, W, 3) uint8; colours under transparent pixels are kept
+    alpha: Pixels | None  # (H, W) uint8; None if the file has no transparency, or it was not wanted
+
+
+def read_image(path: Path, *, want_alpha: bool) -> Decoded:
+    """Return the pixels of an image file.
+
+    Raises: DataError naming the file, if it is missing, no image, or damaged.
+    """
+    return decode(read_bytes(path), path, want_alpha=want_alpha)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds. Raises: DataError naming the file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def digest(data: bytes) -> str:
+    """Return what identifies a file's content: 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def decode(data: bytes, path: Path, *, want_alpha: bool) -> Decoded:
+    """Return the pixels of an image file's bytes; path is for messages. Raises: DataError."""
+    if _is_plain_png(data):
+        return _decode_plain_png(data, path, want_alpha)
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            image = _upright(file)
+            if image.mode.startswith("I") or image.mode == "F":
+                grey = _grey_8_bit(image, path)
+                return Decoded(np.dstack((grey, grey, grey)), None)
+            if not image.has_transparency_data:
+                return Decoded(np.asarray(image.convert("RGB")), None)
+            rgba = np.asarray(image.convert("RGBA"))
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+    return Decoded(np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3]) if want_alpha else None)
+
+
+def read_mask(path: Path) -> Pixels:
+    """Return a mask file as (H, W) uint8: white 255 is learnt, black 0 is not, grey in between in proportion.
+
+    As sd-scripts the red channel counts, after palettes and greys have become RGB; transparency is ignored. Sixteen
+    bits are scaled down to eight (65535 is white), where sd-scripts clips them.
+
+    Raises: DataError naming the file.
+    """
+    return decode_mask(read_bytes(path), path)
+
+
+def decode_mask(data: bytes, path: Path) -> Pixels:
+    """Return a mask file's bytes as (H, W) uint8; see read_mask. Raises: DataError."""
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            image = _upright(file)
+            if image.mode.startswith("I") or image.mode == "F":
+                return _grey_8_bit(image, path)
+            if image.mode in ("L", "LA"):
+                return np.asarray(image.getchannel(0))
+            if image.mode == "P":  # straight to RGB would warn about palettes with transparency
+                image = image.convert("RGBA")
+            return np.asarray(image.convert("RGB").getchannel(0))
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    file.load()  # before asking for EXIF, which some formats keep behind the pixels
+    if file.getexif().get(ORIENTATION, 1) == 1:
+        return file
+    return ImageOps.exif_transpose(file)
+
+
+def _grey_8_bit(image: Image.Image, path: Path) -> Pixels:
+    if image.mode == "F":
+        raise DataError(f"{path}: has floating-point pixels. Save it with 8 or 16 bits a channel.")
+    values = np.asarray(image).astype(np.int64)
+    return ((values + 128) // 257).clip(0, 255).astype(np.uint8)  # 65535 = 255 * 257
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+    return DataError(f"{path}: cannot be decoded ({reason}). Save it again, or take it out of the folder.")
+
+
+def _is_plain_png(data: bytes) -> bool:
+    """Return whether data is a PNG of 8-bit RGB or RGBA with no say on orientation or transparency elsewhere.
+
+    OpenCV decodes those a sixth faster than Pillow and to the same bytes; all others need Pillow's care.
+    """
+    if data[:8] != PNG_SIGNATURE or data[12:16] != b"IHDR" or len(data) < 33:
+        return False
+    if data[24] != 8 or data[25] not in (2, 6) or data[28] != 0:  # bit depth, colour type, interlace
+        return False
+    at = 33
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"IEND":
+            return True
+        if kind in (b"eXIf", b"tRNS", b"acTL"):
+            return False
+        text = data[at + 8 : at + 40]
+        if kind[1:] in (b"EXt", b"TXt") and text.startswith((b"XML:com.adobe.xmp", b"Raw profile type")):
+            return False
+        at += length + 12
+    return False  # cut short: Pillow says what is wrong
+
+
+def _decode_plain_png(data: bytes, path: Path, want_alpha: bool) -> Decoded:
+    is_rgba = data[25] == 6
+    flags = cv2.IMREAD_UNCHANGED if is_rgba and want_alpha else cv2.IMREAD_COLOR
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # more pixels than OpenCV takes
+        pixels = None
+    if pixels is None:
+        raise DataError(f"{path}: cannot be decoded (damaged PNG). Save it again, or take it out of the folder.")
+    if pixels.shape[2] == 3:
+        return Decoded(np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8), None)
+    colours = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB), np.uint8)
+    return Decoded(colours, np.asarray(cv2.extractChannel(pixels, 3), np.uint8))
+
+
+def in_bucket(image: Decoded, transform: Transform, path: Path) -> Pixels:
+    """Return the colours (h, w, 3) uint8 of an image as its bucket shows them.
+
+    Raises: DataError if the file is not of the size that the transform was made for.
+    """
+    height, width = image.rgb.shape[:2]
+    if (width, height) != transform.source:
+        was = "x".join(map(str, transform.source))
+        raise DataError(f"{path}: is {width}x{height} but was {was} when the dataset was read. Start again.")
+    return geometry.apply(transform, image.rgb)
+
+
+def mask_in_bucket(image: Decoded, source: MaskSource, transform: Transform) -> Sums | None:
+    """Return the shrunk mask (h, w) of an image, cut as transform cuts the image; None: it weighs 1 everywhere.
+
+    Raises: DataError if the mask file cannot be read.
+    """
+    if source.kind == "file":
+        assert source.path is not None
+        return shrink(geometry.apply(transform, read_mask(source.path)))
+    if source.kind == "alpha" and image.alpha is not None:
+        return shrink(geometry.apply(transform, image.alpha))
+    return None
+
+
+def read_training_pixels(sample: Sample) -> Pixels:
+    """Return what training sees of a sample, without augmentation: (h, w, 3) uint8. Raises: DataError."""
+    return in_bucket(read_image(sample.path, want_alpha=False), sample.transform, sample.path)
+
+
+def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:
+    """Return a sample's weights at latent size, without augmentation: (h, w) float32 in [0, 1]; None: 1 everywhere.
+
+    Raises: DataError.
+    """
+    if sample.mask.kind == "file":
+        assert sample.mask.path is not None
+        return to_array(shrink(geometry.apply(sample.transform, read_mask(sample.mask.path))))
+    if sample.mask.kind == "none":
+        return None
+    sums = mask_in_bucket(read_image(sample.path, want_alpha=True), sample.mask, sample.transform)
+    return None if sums is None else to_array(sums)
+
+
+def augment_colour(pixels: Pixels, rng: random.Random) -> Pixels:
+    """Return pixels (H, W, 3) uint8 with another hue or gamma in one case of three, else unchanged.
+
+    As sd-scripts: either the hue turns by up to 8 of OpenCV's 180 steps, or the gamma lies between 0.95 and 1.05.
+    """
+    if rng.random() >= 0.33:
+        return pixels
+    if rng.random() < 0.5:
+        turned = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
+        shift = rng.uniform(-8, 8)
+        turned[..., 0] = np.rint(turned[..., 0] + shift).astype(np.int64) % 180
+        return np.asarray(cv2.cvtColor(turned, cv2.COLOR_HSV2RGB), np.uint8)
+    table = np.rint((np.arange(256) / 255) ** rng.uniform(0.95, 1.05) * 255).astype(np.uint8)
+    return table[pixels]

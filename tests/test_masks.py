@@ -1,0 +1,129 @@
+import io
+import json
+import sys
+from pathlib import Path
+from subprocess import run
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.dataset.geometry import Transform, apply, resize
+from library.masks import FULL, shrink, to_array, to_weights, weigh
+
+DATA = Path(__file__).parent / "data" / "masks"
+RECORDS = json.loads((DATA / "reference.json").read_text())["records"]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with np.load(DATA / "reference.npz") as arrays:
+        return dict(arrays)
+
+
+def centre_cut(record):
+    (width, height), (resized_w, resized_h) = record["bucket_reso"], record["resized_size"]
+    crop = ((resized_w - width) // 2, (resized_h - height) // 2)
+    return Transform(tuple(record["image_size"]), (resized_w, resized_h), crop, (width, height), flip=record["flip"])
+
+
+def sums_of(record, reference):
+    kind = "rgba_png" if record["path"] == "alpha" else "mask_png"
+    with Image.open(io.BytesIO(reference[f"in/{record['case']}/{kind}"].tobytes())) as image:
+        mode, channel = ("RGBA", 3) if record["path"] == "alpha" else ("RGB", 0)
+        pixels = np.asarray(image.convert("RGBA").convert(mode).getchannel(channel))
+    return shrink(apply(centre_cut(record), pixels))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["name"])
+def test_weights_are_those_of_the_reference(record, reference):
+    weights = to_weights(sums_of(record, reference))
+    expected = torch.from_numpy(reference["weights/" + record["name"]])
+    assert weights.shape == (1, *expected.shape)
+    # The pixels are the same bytes; the reference adds 64 rounded float32 values, which costs it up to 1e-6.
+    torch.testing.assert_close(weights[0], expected, rtol=0, atol=1e-6)
+
+
+def test_a_masked_loss_is_that_of_the_reference(reference):
+    small = [record for record in RECORDS if max(record["bucket_reso"]) <= 512]
+    assert len(small) > 20
+    for record in small:
+        weights = to_weights(sums_of(record, reference))
+        loss = torch.from_numpy(reference["loss_field"])[None, :, : weights.shape[1], : weights.shape[2]]
+        mean = weigh(loss, weights[None]).mean().item()
+        assert mean == pytest.approx(record["masked_loss_mean"], abs=2e-7), record["name"]
+
+
+@pytest.mark.parametrize("case", ["odd_333x517_softdisc_RGBA", "bit_448x320_disc_1", "la_257x255_softdisc_LA"])
+def test_pixels_are_those_of_the_reference_without_alpha(case, reference):
+    record = next(r for r in RECORDS if r["name"] == f"{case}/r256/alpha")
+    with Image.open(io.BytesIO(reference[f"in/{case}/rgba_png"].tobytes())) as image:
+        pixels = np.asarray(image)
+    cut = apply(centre_cut(record), pixels)
+    assert (cut[..., :3].transpose(2, 0, 1) == reference[f"image/{case}"]).all()
+
+
+def test_shrinking_loses_nothing():
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 80), dtype=np.uint8)
+    sums = shrink(pixels)
+    assert sums.shape == (6, 10)
+    assert sums.dtype == np.uint16
+    assert sums[2, 3] == pixels[16:24, 24:32].astype(int).sum()
+    assert sums.astype(int).sum() == pixels.astype(int).sum()
+
+
+def test_white_weighs_one_and_black_nothing():
+    pixels = np.zeros((8, 16), dtype=np.uint8)
+    pixels[:, 8:] = 255
+    assert shrink(pixels).tolist() == [[0, FULL]]
+    assert to_weights(shrink(pixels)).tolist() == [[[0.0, 1.0]]]
+
+
+def test_a_grey_of_k_weighs_k_of_255():
+    for k in (1, 64, 127, 254):
+        weight = to_array(shrink(np.full((8, 8), k, dtype=np.uint8)))[0, 0]
+        assert weight == np.float32(k / 255)
+
+
+def test_a_half_covered_cell_counts_half():
+    pixels = np.zeros((8, 8), dtype=np.uint8)
+    pixels[:4] = 255
+    loss = torch.ones(1, 4, 1, 1)
+    assert weigh(loss, to_weights(shrink(pixels))[None]).mean().item() == 0.5
+
+
+def test_a_pixel_under_a_black_mask_adds_no_gradient():
+    pixels = np.full((16, 16), 255, dtype=np.uint8)
+    pixels[8:, :8] = 0
+    prediction = torch.randn(2, 4, 2, 2, requires_grad=True)
+    masks = to_weights(shrink(pixels))[None].expand(2, -1, -1, -1)
+    weigh((prediction - 3).square(), masks).mean().backward()
+    assert (prediction.grad[:, :, 1, 0] == 0).all()
+    unmasked = torch.ones(2, 2, dtype=torch.bool)
+    unmasked[1, 0] = False
+    assert (prediction.grad[:, :, unmasked] != 0).all()
+
+
+def test_without_masks_the_loss_is_left_alone():
+    loss = torch.rand(2, 4, 3, 3)
+    assert weigh(loss, None) is loss
+
+
+def test_the_mean_of_a_masked_loss_counts_all_cells():
+    masks = torch.tensor([[[[1.0, 0.0]]]])
+    assert weigh(torch.full((1, 4, 1, 2), 6.0), masks).mean().item() == 3.0
+
+
+def test_a_thin_line_keeps_its_exact_share():
+    """A one-pixel line in 16 pixels a cell is 1/16; filters that count whole pixels say 0 or 1/8."""
+    pixels = np.zeros((64, 128), dtype=np.uint8)
+    pixels[:, 24] = 240  # a line that 2:1 halves to 120 exactly
+    weights = to_array(shrink(resize(pixels, (64, 32), None)))
+    assert weights[0, 1] == np.float32(120 / 255 / 8)
+    assert weights.sum() == pytest.approx(4 * 120 / 255 / 8)
+
+
+def test_masks_can_be_read_without_torch():
+    code = "import sys, library.masks, library.dataset.images; sys.exit('torch' in sys.modules)"
+    assert run([sys.executable, "-c", code], check=False).returncode == 0
