@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +18,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+log = logging.getLogger(__name__)
 
 SIDE_STEP, MIN_SIDE, MAX_STEPS = 8, 64, 1000
 
@@ -40,6 +44,12 @@ def _side(value: Any) -> int:
 
 def _steps(value: Any) -> int:
     return min(max(int(value), 1), MAX_STEPS)
+
+
+def _scale(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
 
 
 def _text(value: Any) -> str:
@@ -70,7 +80,7 @@ READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "width": (_side, "a whole number of pixels"),
     "height": (_side, "a whole number of pixels"),
     "sample_steps": (_steps, "a whole number"),
-    "scale": (float, "a number"),
+    "scale": (_scale, "a number"),
     "seed": (int, "a whole number"),
     "sample_sampler": (_text, "a sampler's name"),
 }
@@ -110,14 +120,15 @@ def parse_line(line: str, place: str) -> SamplePrompt:
     text, *parts = re.split(r"(?:^|\s+)--(?=[A-Za-z])", line.strip())
     values: dict[str, Any] = {"prompt": text}
     for part in parts:
-        flag, _, value = part.partition(" ")
+        flag, value = (*part.split(maxsplit=1), "")[:2]
         name = flag.lower()
         if name in OTHER_MODELS:
-            raise DataError(f"{place}: --{flag} is for other models; this one has no use for it. Remove it.")
+            log.warning("%s: --%s is for other models and changes nothing here", place, flag)
+            continue
         if name not in FLAGS:
             known = ", ".join(f"--{known}" for known in FLAGS)
             raise DataError(f"{place}: unknown flag --{flag}. Flags are {known}.")
-        values[FLAGS[name]] = value.strip()
+        values[FLAGS[name]] = value
     return _prompt(values, place, {key: f"--{flag}" for flag, key in FLAGS.items()})
 
 
@@ -166,10 +177,10 @@ def _entry(entry: Any, place: str) -> SamplePrompt:
         raise DataError(f"{place}: must be a text or a table, got {entry!r}.")
     for key in entry:
         if key in OTHER_MODELS.values():
-            raise DataError(f"{place}: {key} is for other models; this one has no use for it. Remove it.")
-        if key not in READERS:
+            log.warning("%s: %s is for other models and changes nothing here", place, key)
+        elif key not in READERS:
             raise DataError(f"{place}: unknown key {key}.{did_you_mean(key, READERS)} Keys are {', '.join(READERS)}.")
-    return _prompt(entry, place, {})
+    return _prompt({key: value for key, value in entry.items() if key in READERS}, place, {})
 
 
 def _prompt(values: Mapping[str, Any], place: str, spelling: Mapping[str, str]) -> SamplePrompt:

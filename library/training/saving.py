@@ -91,7 +91,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 def _is_write_failure(error: Exception) -> bool:
     """Return whether a writer's own error wraps one of the operating system: a full disk, a file too large."""
     text = str(error)
-    return any(sign in text for sign in ("I/O error", "IoError", "Io(", "No space left", "os error", "file write failed"))
+    return any(
+        sign in text for sign in ("I/O error", "IoError", "Io(", "No space left", "os error", "file write failed")
+    )
 
 
 def _cannot_save(path: Path, error: Exception) -> str:

@@ -1,0 +1,139 @@
+"""The samplers of --sample_sampler: diffusers' schedulers, set up for the noise schedule of SD 1.x, 2.x and XL."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from torch import Tensor
+
+from library.errors import OptionError, did_you_mean
+
+LMS_ORDER = 4
+
+
+class LmsScheduler(EulerDiscreteScheduler):
+    """Linear multistep sampling over Euler's sigmas: past slopes are fitted by a polynomial, which is integrated.
+
+    diffusers' own LMSDiscreteScheduler integrates numerically and needs scipy for it; the integral has a closed form.
+    """
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """Choose the timesteps as Euler does, and forget the slopes of the picture before."""
+        super().set_timesteps(*args, **kwargs)
+        self.slopes: list[Tensor] = []
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sample at the next, smaller sigma, and the finished picture as it looks from here."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        index = self.step_index
+        sigma = self.sigmas[index]
+        if self.config.prediction_type == "v_prediction":
+            finished = sample / (sigma**2 + 1) - model_output * sigma / (sigma**2 + 1) ** 0.5
+        else:
+            finished = sample - sigma * model_output
+        self.slopes = [*self.slopes, (sample - finished) / sigma][-LMS_ORDER:]
+        order = len(self.slopes)
+        weights = lms_weights(self.sigmas[index - order + 1 : index + 2].double().numpy())
+        moved = sum((weight * slope for weight, slope in zip(weights, self.slopes, strict=True)), sample)
+        self._step_index += 1
+        return moved, finished
+
+
+def lms_weights(sigmas: np.ndarray) -> list[float]:
+    """Return how much each known slope counts for the step from sigmas[-2] to sigmas[-1].
+
+    Args:
+        sigmas: (order + 1,): where the slopes were taken, oldest first, and the sigma to go to.
+    Returns: (order,): the integrals of the Lagrange polynomials over that step.
+    """
+    nodes, start, end = sigmas[:-1], sigmas[-2], sigmas[-1]
+    weights = []
+    for position, node in enumerate(nodes):
+        others = np.delete(nodes, position)
+        integral = (
+            np.polynomial.Polynomial.fromroots(others).integ() if len(others) else np.polynomial.Polynomial([0, 1])
+        )
+        weights.append(float((integral(end) - integral(start)) / np.prod(node - others)))
+    return weights
+
+
+@dataclass(frozen=True)
+class SamplerKind:
+    """A class of diffusers.schedulers, or our own, and what it is given beside the noise schedule."""
+
+    scheduler: str | type
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    knows_zero_snr: bool = False
+
+
+# steps_offset, set_alpha_to_one and skip_prk_steps: as in the scheduler config that SD 1.5 was published with
+SAMPLERS: Mapping[str, SamplerKind] = {
+    "ddim": SamplerKind("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}, True),
+    "pndm": SamplerKind("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+    "lms": SamplerKind(LmsScheduler, {}, True),
+    "euler": SamplerKind("EulerDiscreteScheduler", {}, True),
+    "euler_a": SamplerKind("EulerAncestralDiscreteScheduler", {}, True),
+    "heun": SamplerKind("HeunDiscreteScheduler"),
+    "dpm_2": SamplerKind("KDPM2DiscreteScheduler"),
+    "dpm_2_a": SamplerKind("KDPM2AncestralDiscreteScheduler"),
+    "dpmsolver": SamplerKind(
+        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, True
+    ),
+    "dpmsolver++": SamplerKind("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}, True),
+    "dpmsingle": SamplerKind("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+}
+ALIASES: Mapping[str, str] = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
+
+
+def check_sampler(name: str, place: str = "--sample_sampler") -> str:
+    """Return the sampler's name in the table. Raises: OptionError with the choices; place says where it stands."""
+    known = ALIASES.get(name, name)
+    if known not in SAMPLERS:
+        choices = [*SAMPLERS, *ALIASES]
+        raise OptionError(
+            f"{place}: unknown sampler {name}.{did_you_mean(name, choices)} Samplers: {', '.join(choices)}."
+        )
+    return known
+
+
+def build_scheduler(name: str, prediction_type: str = "epsilon", zero_terminal_snr: bool = False) -> Any:
+    """Return a fresh diffusers scheduler for one picture.
+
+    Args:
+        name: a name of SAMPLERS or ALIASES.
+        prediction_type: "epsilon" or "v_prediction".
+        zero_terminal_snr: the model was trained on a schedule that ends in pure noise; sampling then starts at its very
+            last timestep. Samplers that cannot do so (knows_zero_snr) use the ordinary schedule.
+    """
+    from diffusers import schedulers
+
+    kind = SAMPLERS[check_sampler(name)]
+    build = getattr(schedulers, kind.scheduler) if isinstance(kind.scheduler, str) else kind.scheduler
+    settings = dict(kind.settings)
+    if zero_terminal_snr and kind.knows_zero_snr:
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with warnings.catch_warnings():
+        # diffusers announces that "dpmsolver" goes in its 1.0; our requirements stay below
+        warnings.simplefilter("ignore", FutureWarning)
+        return build(
+            num_train_timesteps=1000,
+            beta_start=0.00085,  # v1-inference.yaml, linear_start and linear_end
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            **settings,
+        )
+
+
+def takes_generator(scheduler: Any) -> bool:
+    """Return whether the scheduler draws noise of its own between steps."""
+    return "generator" in inspect.signature(scheduler.step).parameters
