@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
 
-from library.batch import Batch
 from library.errors import OptionError
 from library.progress import progress
+from library.training.painting import Drawing, Painter
 from library.training.prompts import SamplePrompt, read_prompts
 from library.training.saving import whole_file
-from library.training.schedulers import SAMPLERS, build_scheduler, check_sampler, takes_generator
+from library.training.schedulers import SAMPLERS, check_sampler
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily, Parts
@@ -111,11 +107,7 @@ class Sampler:
         device: torch.device,
         process_index: int = 0,
         num_processes: int = 1,
-        *,
-        autocast_dtype: torch.dtype | None = None,
-        prediction_type: str = "epsilon",
-        zero_terminal_snr: bool = False,
-        modules: Sequence[nn.Module] = (),
+        drawing: Drawing | None = None,
     ) -> Sampler | None:
         """Return the sampler that the options ask for, None if they ask for no previews.
 
@@ -127,21 +119,19 @@ class Sampler:
             device: where to draw; models that stand elsewhere are moved there and back.
             process_index: of this process.
             num_processes: that share the prompts.
-            autocast_dtype: half precision of the denoiser and text encoders; None: as they are.
-            prediction_type: "epsilon" or "v_prediction".
-            zero_terminal_snr: the noise schedule ends in pure noise.
-            modules: further modules to be in evaluation mode meanwhile, such as the network being trained.
+            drawing: precision, prediction type and the like.
         """
         prompts = check(options)
         if not prompts:
             return None
-        if zero_terminal_snr:
+        drawing = drawing or Drawing()
+        if drawing.zero_terminal_snr:
             for name in sorted({check_sampler(prompt.sample_sampler or options.sample_sampler) for prompt in prompts}):
                 if not SAMPLERS[name].knows_zero_snr:
                     log.warning(
                         "sampler %s cannot start from pure noise (--zero_terminal_snr); try ddim or euler", name
                     )
-        painter = Painter(family, parts, device, autocast_dtype, prediction_type, zero_terminal_snr, tuple(modules))
+        painter = Painter(family, parts, device, drawing)
         share = (process_index, num_processes)
         return cls(prompts, options, Path(saving.output_dir or "."), saving.output_name, painter, share)
 
@@ -168,11 +158,10 @@ class Sampler:
         """
         by_epoch = epoch is not None and (self.every_n_epochs is not None or step == 0)
         stamp = f"e{epoch:06d}" if by_epoch else f"{step:06d}"
-        total = sum(prompt.sample_steps for _, prompt in self.prompts)
         made = []
-        with self.painter.ready(), progress(label="sample", total=total, unit="step") as bar:
-            for index, prompt in self.prompts:
-                image = self.painter.paint(prompt, prompt.sample_sampler or self.sampler_name, bar.update)
+        with self.painter.ready():
+            for index, prompt in progress(self.prompts, label="sample", unit="image"):
+                image = self.painter.paint(prompt, prompt.sample_sampler or self.sampler_name)
                 path = self.folder / f"{file_stem(self.name, stamp, index, prompt.seed)}.png"
                 _save(image, path, prompt)
                 made.append(Sample(path, index, prompt, step, epoch if by_epoch else None))
@@ -184,93 +173,6 @@ def file_stem(name: str | None, stamp: str, index: int, seed: int | None) -> str
     """Return name_e000002_00_20261122041500_42: run, epoch or step, prompt, local time, seed."""
     parts = [name, stamp, f"{index:02d}", time.strftime("%Y%m%d%H%M%S"), None if seed is None else str(seed)]
     return "_".join(part for part in parts if part)
-
-
-@dataclass(frozen=True)
-class Painter:
-    """Turns prompts into pictures with the models being trained."""
-
-    family: ModelFamily
-    parts: Parts
-    device: torch.device
-    autocast_dtype: torch.dtype | None
-    prediction_type: str
-    zero_terminal_snr: bool
-    modules: tuple[nn.Module, ...] = ()
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Put every model on the device and in evaluation mode; afterwards all is as it was, random states included."""
-        models = (self.parts.denoiser, *self.parts.text_encoders, self.parts.vae)
-        with ExitStack() as stack:
-            stack.enter_context(random_states_kept())
-            stack.enter_context(evaluating((*models, *self.modules)))
-            for model in models:
-                stack.enter_context(placed(model, self.device))
-            stack.enter_context(torch.no_grad())
-            yield
-
-    def paint(self, prompt: SamplePrompt, sampler: str, advance: Any = lambda count: None) -> Image.Image:
-        """Return the picture of a prompt, RGB, of its width and height; advance(1) is called after each step."""
-        seed = random.SystemRandom().getrandbits(32) if prompt.seed is None else prompt.seed
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: a seed gives one picture on every device
-        latents = self._denoise(prompt, sampler, generator, advance)
-        pixels = self._decode(latents)
-        if not bool(torch.isfinite(pixels).all()):
-            log.warning("a preview picture holds no numbers (NaN); if the loss is fine, try --no_half_vae")
-            pixels = pixels.nan_to_num(nan=-1.0)
-        array = ((pixels[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) * 255).round().byte()  # (H, W, 3)
-        return Image.fromarray(array.numpy())
-
-    def _denoise(self, prompt: SamplePrompt, sampler: str, generator: torch.Generator, advance: Any) -> Tensor:
-        """Return the finished latents (1, C, h, w) as the denoiser's space has them."""
-        is_guided = prompt.scale > 1
-        captions = [prompt.negative_prompt, prompt.prompt] if is_guided else [prompt.prompt]
-        space = self.family.latent_space
-        size = (prompt.height // space.reduction, prompt.width // space.reduction)
-        scheduler = build_scheduler(sampler, self.prediction_type, self.zero_terminal_snr)
-        scheduler.set_timesteps(prompt.sample_steps, device=self.device)
-        own_noise = {"generator": generator} if takes_generator(scheduler) else {}
-        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            tokens = self.family.tokenize(captions).to(self.device)
-            text = self.family.encode_text(self.parts, tokens)
-            batch = _batch(captions, tokens, prompt).to(self.device)
-            latents = torch.randn((1, space.channels, *size), generator=generator).to(self.device)
-            latents = latents * scheduler.init_noise_sigma
-            for position, timestep in enumerate(scheduler.timesteps):
-                noisy = scheduler.scale_model_input(latents, timestep).expand(len(captions), -1, -1, -1)
-                output = self.family.predict(self.parts, noisy, timestep.expand(len(captions)), text, batch).float()
-                if is_guided:
-                    away, towards = output.chunk(2)
-                    output = away + prompt.scale * (towards - away)
-                latents = scheduler.step(output, timestep, latents, return_dict=False, **own_noise)[0]
-                if (position + 1) % scheduler.order == 0:
-                    advance(1)
-        return latents
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Return the picture (1, 3, H, W) float32 on the CPU, about [-1, 1]; in the VAE's own precision."""
-        dtype = next(self.parts.vae.parameters()).dtype
-        decoded = self.parts.vae.decode(self.family.latent_space.denormalise(latents).to(dtype), return_dict=False)
-        return decoded[0].float().cpu()
-
-
-def _batch(captions: Sequence[str], tokens: Tensor, prompt: SamplePrompt) -> Batch:
-    """Return the batch that a training image of this size, uncropped, would come in."""
-    count = len(captions)
-    sizes = torch.tensor([[prompt.height, prompt.width]]).expand(count, 2)
-    return Batch(
-        names=("preview",) * count,
-        captions=tuple(captions),
-        tokens=tokens,
-        images=None,
-        latents=None,
-        masks=None,
-        weights=torch.ones(count),
-        original_sizes=sizes,
-        crop_top_lefts=torch.zeros_like(sizes),
-        target_sizes=sizes,
-    )
 
 
 def _save(image: Image.Image, path: Path, prompt: SamplePrompt) -> None:
@@ -286,45 +188,3 @@ def _save(image: Image.Image, path: Path, prompt: SamplePrompt) -> None:
 def _interval(every: int | None) -> int | None:
     """Return the interval, None where it is off; as sd-scripts: 0 and less switch it off."""
     return every if every is not None and every > 0 else None
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Restore the states of torch's (CPU and CUDA), numpy's and Python's global random generators afterwards."""
-    on_cpu, in_numpy, in_python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        torch.set_rng_state(on_cpu)
-        np.random.set_state(in_numpy)  # noqa: NPY002
-        random.setstate(in_python)
-        if on_cuda:
-            torch.cuda.set_rng_state_all(on_cuda)
-
-
-@contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put modules in evaluation mode; afterwards each of their submodules is in the mode it had before."""
-    before = {submodule: submodule.training for module in modules for submodule in module.modules()}
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for submodule, mode in before.items():
-            submodule.training = mode
-
-
-@contextmanager
-def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put module on device; afterwards it stands where it stood before."""
-    parameter = next(module.parameters(), None)
-    before = device if parameter is None else parameter.device
-    if before.type != device.type:
-        module.to(device)
-    try:
-        yield
-    finally:
-        if before.type != device.type:
-            module.to(before)

@@ -1,0 +1,159 @@
+"""Preview pictures drawn with the models that are being trained, which notice nothing of it."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from library.batch import Batch
+from library.training.prompts import SamplePrompt
+from library.training.schedulers import build_scheduler, takes_generator
+
+if TYPE_CHECKING:
+    from library.models.family import ModelFamily, Parts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the models are to be run."""
+
+    autocast_dtype: torch.dtype | None = None  # half precision of the denoiser and text encoders; None: as they are
+    prediction_type: str = "epsilon"  # or "v_prediction"
+    zero_terminal_snr: bool = False  # the noise schedule ends in pure noise
+    modules: tuple[nn.Module, ...] = ()  # further ones to be in evaluation mode meanwhile: the network being trained
+
+
+@dataclass(frozen=True)
+class Painter:
+    """Turns prompts into pictures with the models being trained."""
+
+    family: ModelFamily
+    parts: Parts
+    device: torch.device
+    drawing: Drawing
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Put every model on the device and in evaluation mode; afterwards all is as it was, random states included."""
+        models = (self.parts.denoiser, *self.parts.text_encoders, self.parts.vae)
+        with ExitStack() as stack:
+            stack.enter_context(random_states_kept())
+            stack.enter_context(evaluating((*models, *self.drawing.modules)))
+            for model in models:
+                stack.enter_context(placed(model, self.device))
+            stack.enter_context(torch.no_grad())
+            yield
+
+    def paint(self, prompt: SamplePrompt, sampler: str) -> Image.Image:
+        """Return the picture of a prompt, RGB, of its width and height."""
+        seed = random.SystemRandom().getrandbits(32) if prompt.seed is None else prompt.seed
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: a seed gives one picture on every device
+        latents = self._denoise(prompt, sampler, generator)
+        pixels = self._decode(latents)
+        if not bool(torch.isfinite(pixels).all()):
+            log.warning("a preview picture holds no numbers (NaN); if the loss is fine, try --no_half_vae")
+            pixels = pixels.nan_to_num(nan=-1.0)
+        array = ((pixels[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) * 255).round().byte()  # (H, W, 3)
+        return Image.fromarray(array.numpy())
+
+    def _denoise(self, prompt: SamplePrompt, sampler: str, generator: torch.Generator) -> Tensor:
+        """Return the finished latents (1, C, h, w) as the denoiser's space has them."""
+        is_guided = prompt.scale > 1
+        captions = [prompt.negative_prompt, prompt.prompt] if is_guided else [prompt.prompt]
+        space = self.family.latent_space
+        size = (prompt.height // space.reduction, prompt.width // space.reduction)
+        scheduler = build_scheduler(sampler, self.drawing.prediction_type, self.drawing.zero_terminal_snr)
+        scheduler.set_timesteps(prompt.sample_steps, device=self.device)
+        own_noise = {"generator": generator} if takes_generator(scheduler) else {}
+        dtype = self.drawing.autocast_dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            tokens = self.family.tokenize(captions).to(self.device)
+            text = self.family.encode_text(self.parts, tokens)
+            batch = _batch(captions, tokens, prompt).to(self.device)
+            latents = torch.randn((1, space.channels, *size), generator=generator).to(self.device)
+            latents = latents * scheduler.init_noise_sigma
+            for timestep in scheduler.timesteps:
+                noisy = scheduler.scale_model_input(latents, timestep).expand(len(captions), -1, -1, -1)
+                output = self.family.predict(self.parts, noisy, timestep.expand(len(captions)), text, batch).float()
+                if is_guided:
+                    away, towards = output.chunk(2)
+                    output = away + prompt.scale * (towards - away)
+                latents = scheduler.step(output, timestep, latents, return_dict=False, **own_noise)[0]
+        return latents
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Return the picture (1, 3, H, W) float32 on the CPU, about [-1, 1]; in the VAE's own precision."""
+        dtype = next(self.parts.vae.parameters()).dtype
+        decoded = self.parts.vae.decode(self.family.latent_space.denormalise(latents).to(dtype), return_dict=False)
+        return decoded[0].float().cpu()
+
+
+def _batch(captions: Sequence[str], tokens: Tensor, prompt: SamplePrompt) -> Batch:
+    """Return the batch that a training image of this size, uncropped, would come in."""
+    count = len(captions)
+    sizes = torch.tensor([[prompt.height, prompt.width]]).expand(count, 2)
+    return Batch(
+        names=("preview",) * count,
+        captions=tuple(captions),
+        tokens=tokens,
+        images=None,
+        latents=None,
+        masks=None,
+        weights=torch.ones(count),
+        original_sizes=sizes,
+        crop_top_lefts=torch.zeros_like(sizes),
+        target_sizes=sizes,
+    )
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Restore the states of torch's (CPU and CUDA), numpy's and Python's global random generators afterwards."""
+    on_cpu, in_numpy, in_python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(on_cpu)
+        np.random.set_state(in_numpy)
+        random.setstate(in_python)
+        if on_cuda:
+            torch.cuda.set_rng_state_all(on_cuda)
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put modules in evaluation mode; afterwards each of their submodules is in the mode it had before."""
+    before = {submodule: submodule.training for module in modules for submodule in module.modules()}
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for submodule, mode in before.items():
+            submodule.training = mode
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put module on device; afterwards it stands where it stood before."""
+    parameter = next(module.parameters(), None)
+    before = device if parameter is None else parameter.device
+    if before.type != device.type:
+        module.to(device)
+    try:
+        yield
+    finally:
+        if before.type != device.type:
+            module.to(before)
