@@ -1,0 +1,223 @@
+"""The draws of a batch: their order, formulas (tests/data/loss_weights.npz, from sd-scripts) and statistics."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library import noise
+from library.errors import OptionError
+
+DATA = Path(__file__).parent / "data" / "loss_weights.npz"
+SHAPE = (2, 4, 16, 12)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The noise options, all off."""
+
+    noise_offset: float | None = None
+    noise_offset_random_strength: bool = False
+    adaptive_noise_scale: float | None = None
+    multires_noise_iterations: int | None = None
+    multires_noise_discount: float = 0.3
+    ip_noise_gamma: float | None = None
+    ip_noise_gamma_random_strength: bool = False
+    zero_terminal_snr: bool = False
+    min_timestep: int | None = None
+    max_timestep: int | None = None
+
+
+EVERYTHING = Options(
+    noise_offset=0.1,
+    noise_offset_random_strength=True,
+    adaptive_noise_scale=0.05,
+    multires_noise_iterations=3,
+    ip_noise_gamma=0.2,
+    ip_noise_gamma_random_strength=True,
+)
+
+
+def seeded(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def latents() -> Tensor:
+    return torch.randn(SHAPE, generator=seeded(1))
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Tensor]:
+    return {key: torch.from_numpy(value) for key, value in np.load(DATA).items()}
+
+
+def test_the_order_of_all_draws_is_the_documented_one():
+    drawn = noise.draw(latents(), EVERYTHING, 1000, seeded())
+
+    same = seeded()
+    plain = torch.randn(SHAPE, generator=same)
+    strength = 0.1 * torch.rand((), generator=same)
+    shift = torch.randn(2, 4, 1, 1, generator=same)
+    expected = plain + (strength + 0.05 * latents().mean((2, 3), keepdim=True).abs()) * shift
+    ratios = (2 + 2 * torch.rand(3, generator=same)).tolist()
+    for octave, ratio in enumerate(ratios):
+        size = max(1, int(16 / ratio**octave)), max(1, int(12 / ratio**octave))
+        coarse = torch.randn(2, 4, *size, generator=same)
+        expected = expected + 0.3**octave * F.interpolate(coarse, (16, 12), mode="bilinear")
+        if min(size) == 1:
+            break
+    expected = expected / expected.std()
+    timesteps = torch.randint(0, 1000, (2,), generator=same)
+    gamma = 0.2 * torch.rand((), generator=same)
+    perturbed = expected + gamma * torch.randn(SHAPE, generator=same)
+
+    torch.testing.assert_close(drawn.noise, expected)
+    assert drawn.timesteps.tolist() == timesteps.tolist()
+    torch.testing.assert_close(drawn.input_noise, perturbed)
+
+
+def test_options_that_are_off_draw_nothing():
+    drawn = noise.draw(latents(), Options(noise_offset=0.0, ip_noise_gamma=0.0), 1000, seeded())
+    same = seeded()
+    assert torch.equal(drawn.noise, torch.randn(SHAPE, generator=same))
+    assert torch.equal(drawn.timesteps, torch.randint(0, 1000, (2,), generator=same))
+    assert drawn.input_noise is drawn.noise
+
+
+def test_a_random_strength_that_is_off_draws_nothing():
+    drawn = noise.draw(latents(), Options(noise_offset=0.1), 1000, seeded())
+    same = seeded()
+    expected = torch.randn(SHAPE, generator=same) + 0.1 * torch.randn(2, 4, 1, 1, generator=same)
+    torch.testing.assert_close(drawn.noise, expected)
+
+
+def test_given_timesteps_are_used_and_none_are_drawn():
+    given = torch.tensor([3, 999])
+    drawn = noise.draw(latents(), Options(ip_noise_gamma=0.1), 1000, seeded(), given)
+    same = seeded()
+    plain = torch.randn(SHAPE, generator=same)
+    assert drawn.timesteps.tolist() == [3, 999]
+    torch.testing.assert_close(drawn.input_noise, plain + 0.1 * torch.randn(SHAPE, generator=same))
+
+
+def test_without_a_generator_torchs_own_decides():
+    torch.manual_seed(5)
+    first = noise.draw(latents(), EVERYTHING, 1000)
+    torch.manual_seed(5)
+    second = noise.draw(latents(), EVERYTHING, 1000)
+    assert torch.equal(first.input_noise, second.input_noise)
+    assert torch.equal(first.timesteps, second.timesteps)
+
+
+def test_input_perturbation_leaves_the_target_noise_alone():
+    plain = noise.draw(latents(), Options(), 1000, seeded())
+    perturbed = noise.draw(latents(), Options(ip_noise_gamma=0.1), 1000, seeded())
+    assert torch.equal(plain.noise, perturbed.noise)
+    assert (perturbed.input_noise - perturbed.noise).std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("octaves_and_discount", ["it6_d0.3", "it10_d0.8", "it1_d0.3"])
+def test_pyramid_noise_is_that_of_sd_scripts(reference, octaves_and_discount):
+    octaves, discount = octaves_and_discount[2:].split("_d")
+    generator = seeded(12)
+    start = torch.randn(2, 4, 32, 24, generator=generator)
+    draws = random.Random(13)
+    ratios = [draws.random() * 2 + 2 for _ in range(int(octaves))]
+    torch.testing.assert_close(start, reference["pyramid/it6_d0.3/in"])
+    torch.testing.assert_close(
+        noise.pyramid(start, ratios, float(discount), generator), reference[f"pyramid/{octaves_and_discount}/out"]
+    )
+
+
+def test_pyramid_noise_stops_at_the_first_octave_with_a_side_of_1():
+    generator = seeded()
+    noise.pyramid(torch.zeros(1, 1, 8, 64), [4.0] * 8, 0.5, generator)
+    same = seeded()
+    for size in ((8, 64), (2, 16), (1, 4)):  # 8/4² is 0.5, so octave 2 has the side 1 and is the last
+        torch.randn(1, 1, *size, generator=same)
+    assert torch.equal(generator.get_state(), same.get_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "adaptive"),
+    [("off0.05", 0.05, None), ("off0.1_ad0.05", 0.1, 0.05), ("off0.0357", 0.0357, None), ("off0.05_ad-1", 0.05, -1.0)],
+)
+def test_noise_offset_is_that_of_sd_scripts(reference, name, offset, adaptive):
+    strength = noise.offset_strength(reference["noise/latents"][:1], offset, adaptive)
+    shifted = reference["noise/off0.05/in"] + strength * reference["noise/off0.05/offset_randn"]
+    torch.testing.assert_close(shifted, reference[f"noise/{name}/out"])
+
+
+def test_pyramid_noise_has_the_statistics_of_sd_scripts():
+    options = Options(multires_noise_iterations=10, multires_noise_discount=0.8)
+    generator = seeded()
+    images = [noise.draw(torch.zeros(1, 4, 64, 64), options, 1000, generator).noise for _ in range(100)]
+    drawn = torch.cat(images)
+    assert drawn.std().item() == pytest.approx(1.01, abs=0.02)
+    assert drawn.mean(dim=(2, 3)).std().item() == pytest.approx(0.285, abs=0.04)  # 400 images of sd-scripts: 0.2852
+    assert (drawn[..., 1:] * drawn[..., :-1]).mean().item() == pytest.approx(0.267, abs=0.04)  # there 0.2673
+
+
+def test_a_random_offset_strength_is_one_number_a_batch():
+    options = Options(noise_offset=10.0, noise_offset_random_strength=True)
+    means = torch.stack(
+        [
+            noise.draw(torch.zeros(2, 4, 64, 64), options, 1000, seeded(seed)).noise.mean(dim=(2, 3))
+            for seed in range(40)
+        ]
+    )
+    spreads = means.std(dim=(1, 2)) / 10  # of one batch: its strength
+    assert 0.4 < spreads.mean().item() < 0.6
+    assert spreads.std().item() > 0.2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (None, None, (0, 1000)),
+        (0, 1000, (0, 1000)),
+        (200, 800, (200, 800)),
+        (None, 500, (0, 500)),
+        (0, 1, (0, 1)),
+        (500, 500, (500, 501)),
+        (0, 0, (0, 1)),
+    ],
+)
+def test_timestep_bounds_are_lower_inclusive_and_upper_exclusive(low, high, expected):
+    assert noise.timestep_range(low, high, 1000) == expected
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1, None), (None, 1001), (800, 200), (1000, 1000)])
+def test_timestep_bounds_that_leave_nothing_are_refused(low, high):
+    with pytest.raises(OptionError, match="--min_timestep"):
+        noise.timestep_range(low, high, 1000)
+
+
+def test_drawn_timesteps_fill_their_range():
+    generator = seeded()
+    options = Options(min_timestep=200, max_timestep=210)
+    drawn = noise.draw(torch.zeros(500, 1, 1, 1), options, 1000, generator).timesteps
+    assert set(drawn.tolist()) == set(range(200, 210))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cpu_generator_decides_the_draws_on_a_gpu_without_a_synchronisation():
+    on_gpu = latents().cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first = noise.draw(on_gpu, EVERYTHING, 1000, seeded())
+        second = noise.draw(on_gpu, EVERYTHING, 1000, seeded())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert first.noise.is_cuda
+    assert first.timesteps.is_cuda
+    assert torch.equal(first.input_noise, second.input_noise)
+    assert torch.equal(first.timesteps, second.timesteps)
