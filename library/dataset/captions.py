@@ -1,0 +1,149 @@
+"""Captions: how they are read, and what is made of one each time that its image is drawn."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import DataError
+
+if TYPE_CHECKING:
+    from library.dataset.config import SubsetConfig
+    from library.dataset.scan import Sample
+
+WILDCARD = re.compile(r"\{([^{}]+)\}")
+OPENING, CLOSING = "\ue000", "\ue001"  # stand in for {{ and }} while wildcards are drawn; private, so in no caption
+
+
+def read(image: Path, subset: SubsetConfig) -> tuple[str, ...] | None:
+    """Return the caption lines of an image, one unless wildcards are on; None if it has no caption file.
+
+    The file is the image's name with the caption extension, or that without its last four parts at underscores,
+    which is how a face's place is written into a file name.
+
+    Raises: DataError if the file is empty or not UTF-8.
+    """
+    parts = image.stem.split("_")
+    stems = [image.stem, "_".join(parts[:-4])] if len(parts) >= 5 else [image.stem]
+    for stem in stems:
+        path = image.with_name(stem + subset.caption_extension)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            continue
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: is not UTF-8 (at byte {error.start}). Save the caption as UTF-8.") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
+        if not text:
+            raise DataError(f"{path}: is empty. Write a caption, or delete the file.")
+        lines = [line.strip() for line in text.splitlines()] or [""]
+        if subset.enable_wildcard:
+            return tuple(line for line in lines if line) or ("",)
+        return (lines[0],)
+    return None
+
+
+def compose(
+    lines: Sequence[str],
+    subset: SubsetConfig,
+    rng: random.Random,
+    *,
+    epoch: int,
+    step: int,
+    max_train_steps: int,
+) -> str:
+    """Return the caption of one draw, after prefix, dropout, wildcards, shuffling and tag dropout.
+
+    Args:
+        lines: as read; one of them is drawn if there are several.
+        subset: says what is done.
+        rng: the draw's own generator; asked for dropout, line, wildcards, order, tags in that order, each only if used.
+        epoch: from 1.
+        step: optimizer steps done before this one.
+        max_train_steps: what token_warmup_step below 1 is a share of.
+    """
+    if subset.caption_dropout_rate > 0 and rng.random() < subset.caption_dropout_rate:
+        return ""
+    if subset.caption_dropout_every_n_epochs > 0 and epoch % subset.caption_dropout_every_n_epochs == 0:
+        return ""
+    caption = rng.choice(lines) if len(lines) > 1 else lines[0]
+    if subset.caption_prefix:
+        caption = f"{subset.caption_prefix} {caption}"
+    if subset.caption_suffix:
+        caption = f"{caption} {subset.caption_suffix}"
+    if subset.enable_wildcard:
+        caption = _draw_wildcards(caption, rng)
+    if _has_tag_work(caption, subset):
+        caption = _rearranged(caption, subset, rng, step, max_train_steps)
+    if subset.secondary_separator:
+        caption = caption.replace(subset.secondary_separator, subset.caption_separator)
+    return caption
+
+
+def _draw_wildcards(caption: str, rng: random.Random) -> str:
+    """Return caption with each {a|b} replaced by a or b; {{ and }} become single braces."""
+    caption = caption.replace("{{", OPENING).replace("}}", CLOSING)
+    caption = WILDCARD.sub(lambda match: rng.choice(match[1].split("|")), caption)
+    return caption.replace(OPENING, "{").replace(CLOSING, "}")
+
+
+def _has_tag_work(caption: str, subset: SubsetConfig) -> bool:
+    return (
+        subset.shuffle_caption
+        or subset.token_warmup_step > 0
+        or subset.caption_tag_dropout_rate > 0
+        # Not so in sd-scripts, where the mark stays in the prompt unless one of the three above is on.
+        or bool(subset.keep_tokens_separator and subset.keep_tokens_separator in caption)
+    )
+
+
+def _rearranged(caption: str, subset: SubsetConfig, rng: random.Random, step: int, max_train_steps: int) -> str:
+    """Return the tags of caption: the fixed first ones, what is left of the others, and the fixed tail."""
+    fixed, flexible, tail = _parts(caption, subset)
+    warmup = subset.token_warmup_step
+    if warmup < 1:
+        warmup = math.floor(warmup * max_train_steps)
+    if step < warmup:
+        num_more = math.floor(step * ((len(flexible) - subset.token_warmup_min) / warmup))
+        flexible = flexible[: num_more + subset.token_warmup_min]
+    if subset.shuffle_caption:
+        rng.shuffle(flexible)
+    if subset.caption_tag_dropout_rate > 0:
+        flexible = [tag for tag in flexible if rng.random() >= subset.caption_tag_dropout_rate]
+    return ", ".join(fixed + flexible + tail)  # as sd-scripts: whatever the separator was
+
+
+def _parts(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], list[str]]:
+    """Return the fixed tags, the flexible ones, and the fixed tail."""
+
+    def tags(text: str) -> list[str]:
+        return [tag.strip() for tag in text.strip().split(subset.caption_separator)]
+
+    mark = subset.keep_tokens_separator
+    if not mark or mark not in caption:
+        all_tags = tags(caption)
+        return all_tags[: subset.keep_tokens], all_tags[subset.keep_tokens :], []
+    fixed, _, rest = caption.partition(mark)
+    flexible, _, tail = rest.partition(mark)
+    first, middle, last = ([tag for tag in tags(part) if tag] for part in (fixed, flexible, tail))
+    return first, middle, last
+
+
+def tag_frequency(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
+    """Return how often each tag occurs, by the name of the folder: each image counts once, whatever its repeats.
+
+    Tags end at commas whatever the separator, and are in small letters, as in the metadata of sd-scripts.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for sample in samples:
+        folder = counts.setdefault(sample.subset.image_dir.name, {})
+        for line in sample.captions:
+            for tag in (part.strip().lower() for part in line.split(",")):
+                if tag:
+                    folder[tag] = folder.get(tag, 0) + 1
+    return counts

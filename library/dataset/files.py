@@ -1,0 +1,148 @@
+"""Image files in a folder: their names, and what their headers say without decoding a pixel."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from PIL import Image, features
+
+from library.dataset.geometry import Size
+from library.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ORIENTATION_TAG = 0x0112
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+INFO_FILE = "metadata_cache.json"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file's header says."""
+
+    size: Size  # as seen: the EXIF orientation applied
+    orientation: int  # EXIF, 1 to 8; 1 is upright
+    has_alpha: bool
+
+
+def image_extensions() -> tuple[str, ...]:
+    """Return the extensions, in small letters, of the formats that this installation can read."""
+    extensions: tuple[str, ...] = EXTENSIONS
+    if features.check("avif"):
+        extensions += (".avif",)
+    if importlib.util.find_spec("pillow_jxl") is not None:
+        importlib.import_module("pillow_jxl")  # importing it is what teaches Pillow the format
+        extensions += (".jxl",)
+    return extensions
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files in a folder, not in folders within, sorted by name. Raises: DataError: no such folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder. Relative names start at {Path.cwd()}.")
+    extensions = image_extensions()
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.lower().endswith(extensions) and entry.is_file())
+    return [folder / name for name in names]
+
+
+def read_header(path: Path) -> Header:
+    """Return the size, orientation and transparency of an image. Raises: DataError naming the file."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG" and _has_text_after_pixels(path):
+                image.load()  # some programs write EXIF behind the pixels
+            # The base class reads what is there; a PNG's own method would decode the picture to look for more.
+            orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
+            if orientation not in range(1, 9):
+                orientation = 1
+            size = image.size[::-1] if orientation in QUARTER_TURNS else image.size
+            return Header((size[0], size[1]), orientation, image.has_transparency_data)
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        reason = "not an image" if "cannot identify" in str(error) else str(error)
+        raise DataError(f"{path}: cannot be read as an image ({reason}). Save it again, or take it away.") from None
+
+
+def _has_text_after_pixels(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(8)
+        seen_pixels = False
+        for kind in _png_chunks(file):
+            seen_pixels = seen_pixels or kind == b"IDAT"
+            if seen_pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+    return False
+
+
+def _png_chunks(file: BinaryIO) -> Iterable[bytes]:
+    while len(start := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", start)
+        yield kind
+        file.seek(length + 4, os.SEEK_CUR)
+
+
+def read_all(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result | DataError]:
+    """Return read(item) of each item, or the DataError that it raised; several files are read at a time."""
+
+    def attempt(item: Item) -> Result | DataError:
+        try:
+            return read(item)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(attempt, items))
+
+
+def load_info(folder: Path) -> dict[Path, Header]:
+    """Return the headers kept by --cache_info, only of files that have not changed since."""
+    try:
+        content = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+        entries = [(Path(name), entry) for name, entry in content.items() if "fingerprint" in entry]
+        return {
+            path: Header((entry["resolution"][0], entry["resolution"][1]), entry["orientation"], entry["has_alpha"])
+            for path, entry in entries
+            if entry["fingerprint"] == fingerprint(path)
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        log.warning("%s is damaged and is made anew", folder / INFO_FILE)
+        return {}
+
+
+def save_info(folder: Path, headers: Mapping[Path, Header], captions: Mapping[Path, str]) -> None:
+    """Keep headers (and captions, which sd-scripts reads from there) in the folder's metadata_cache.json."""
+    content: dict[str, dict[str, Any]] = {}
+    for path, header in headers.items():
+        values = asdict(header)
+        values["resolution"] = values.pop("size")
+        content[str(path)] = {"caption": captions.get(path, ""), **values, "fingerprint": fingerprint(path)}
+    temporary = folder / f"{INFO_FILE}.{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(folder / INFO_FILE)
+    except OSError as error:
+        log.warning("--cache_info: %s cannot be written (%s)", folder / INFO_FILE, error.strerror or error)
+
+
+def fingerprint(path: Path) -> list[int] | None:
+    """Return what changes with a file's content, [time of the last change in ns, bytes], or None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_mtime_ns, status.st_size]

@@ -1,0 +1,155 @@
+"""The plan of a run: which images form which batch, a pure function of samples, seed and epoch.
+
+An epoch draws every image num_repeats times. A batch holds images of one bucket of one dataset; the last of a bucket
+may be short. Batch k of an epoch goes to process k modulo the number of processes; where they do not divide evenly,
+the epoch begins again from its first batch until every process has done the same number. An optimizer step never
+spans two epochs: the last of an epoch may take fewer batches than --gradient_accumulation_steps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from library.dataset.config import DatasetConfig
+from library.dataset.geometry import Size
+from library.dataset.scan import Sample
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One image, drawn once."""
+
+    sample: int  # its index
+    repeat: int  # from 0, within the epoch
+    epoch: int  # from 1
+    step: int  # the optimizer step it belongs to, from 0
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The images of one dataset that are trained at one size, and so may share a batch."""
+
+    dataset: int
+    size: Size
+    batch_size: int
+    samples: tuple[int, ...]  # indices
+    repeats: tuple[int, ...]  # of each, in an epoch
+
+    @property
+    def num_draws(self) -> int:
+        """Images in an epoch, repeats counted."""
+        return sum(self.repeats)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in an epoch, over all processes."""
+        return -(-self.num_draws // self.batch_size)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The order of all draws of one process."""
+
+    buckets: tuple[Bucket, ...]
+    seed: int
+    gradient_accumulation_steps: int = 1
+    process_index: int = 0
+    num_processes: int = 1
+
+    @cached_property
+    def draws_per_epoch(self) -> int:
+        """Images in an epoch, repeats counted, over all processes."""
+        return sum(bucket.num_draws for bucket in self.buckets)
+
+    @cached_property
+    def batches_per_epoch(self) -> int:
+        """Batches of this process in an epoch; the same number for every process."""
+        return -(-sum(bucket.num_batches for bucket in self.buckets) // self.num_processes)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return -(-self.batches_per_epoch // self.gradient_accumulation_steps)
+
+    def first_batch_of(self, step: int) -> int:
+        """Return the number, over all epochs, of this process's first batch of an optimizer step (from 0)."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch * self.batches_per_epoch + step_in_epoch * self.gradient_accumulation_steps
+
+    def ends_step(self, batch: int) -> bool:
+        """Return whether the optimizer steps after this process's batch, numbered from 0 over all epochs."""
+        in_epoch = batch % self.batches_per_epoch + 1
+        return in_epoch == self.batches_per_epoch or in_epoch % self.gradient_accumulation_steps == 0
+
+    def batches(self, start_batch: int = 0) -> Iterator[tuple[Draw, ...]]:
+        """Yield this process's batches without end, from the one numbered start_batch (from 0, over all epochs)."""
+        epoch, skipped = divmod(start_batch, self.batches_per_epoch)
+        while True:
+            batches = self._epoch(epoch + 1)
+            for number in range(skipped, self.batches_per_epoch):
+                chosen = batches[(number * self.num_processes + self.process_index) % len(batches)]
+                step = epoch * self.steps_per_epoch + number // self.gradient_accumulation_steps
+                yield tuple(Draw(sample, repeat, epoch + 1, step) for sample, repeat in chosen)
+            epoch, skipped = epoch + 1, 0
+
+    def _epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """Return the batches of an epoch over all processes: (sample, repeat) of each draw."""
+        order = random.Random(f"order {self.seed} {epoch}")  # a string's seed is the same in every process
+        batches = []
+        for bucket in self.buckets:
+            draws = [
+                (sample, repeat)
+                for sample, repeats in zip(bucket.samples, bucket.repeats, strict=True)
+                for repeat in range(repeats)
+            ]
+            order.shuffle(draws)
+            size = bucket.batch_size
+            batches += [draws[start : start + size] for start in range(0, len(draws), size)]
+        order.shuffle(batches)
+        return batches
+
+
+def make_plan(
+    configs: Sequence[DatasetConfig],
+    samples: Sequence[Sample],
+    *,
+    seed: int,
+    gradient_accumulation_steps: int = 1,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> RunPlan:
+    """Return the plan of a run over samples, of which there must be one at least."""
+    assert samples, "a scan without samples has errors, which are raised before"
+    buckets = tuple(group_by_bucket(configs, samples))
+    return RunPlan(buckets, seed, gradient_accumulation_steps, process_index, num_processes)
+
+
+def group_by_bucket(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[Bucket]:
+    """Return the buckets that hold samples, by dataset, then size."""
+    members: dict[tuple[int, Size], list[int]] = {}
+    for index, sample in enumerate(samples):
+        members.setdefault((sample.dataset, sample.transform.target), []).append(index)
+    return [
+        Bucket(
+            dataset=dataset,
+            size=size,
+            batch_size=configs[dataset].batch_size,
+            samples=tuple(indices),
+            repeats=tuple(samples[index].num_repeats for index in indices),
+        )
+        for (dataset, size), indices in sorted(members.items())
+    ]
+
+
+def rng(seed: int, draw: Draw, name: str) -> random.Random:
+    """Return the generator of one draw's caption and augmentation: of seed, epoch, image and repeat alone.
+
+    Args:
+        seed: of the run.
+        draw: of which epoch and repeat count, not the index: a new image leaves the others' draws alone.
+        name: tells the image from the others, on any machine: its folder's name and its own.
+    """
+    return random.Random(f"draw {seed} {draw.epoch} {draw.repeat} {name}")

@@ -1,0 +1,212 @@
+"""The keys of a dataset config: where each may stand, what it may hold, and how a wrong one is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import OptionError, did_you_mean
+
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
+MISSING_MASK_RULES = ("error", "train_all", "skip")
+
+Reader = Callable[[Any], Any]
+"""Returns the value in its final type, or raises ValueError saying what was expected."""
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a string")
+    return value
+
+
+def _separator(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a string of at least one character")
+    return value
+
+
+def _path(value: Any) -> Path | None:
+    if not isinstance(value, (str, Path)):
+        raise ValueError("a folder name as a string")
+    return Path(value) if str(value) else None
+
+
+def _extension(value: Any) -> str:
+    text = _separator(value)
+    return text if text.startswith(".") else f".{text}"
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("a table")
+    return value
+
+
+def _whole(least: int) -> Reader:
+    def read(value: Any) -> int:
+        if type(value) is not int or value < least:
+            raise ValueError(f"a whole number of at least {least}")
+        return value
+
+    return read
+
+
+def _whole_of_any_sign(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError("a whole number")
+    return value
+
+
+def _number(least: float, most: float, expected: str) -> Reader:
+    def read(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise ValueError(expected)
+        return value
+
+    return read
+
+
+def _choice(choices: tuple[str, ...]) -> Reader:
+    def read(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return str(value)
+
+    return read
+
+
+def read_resolution(value: Any) -> tuple[int, int]:
+    """Return (width, height) of 512, "512", [768, 512] or "768,512"; ValueError says what was expected."""
+    expected = 'a size like 512, or width and height like [768, 512] or "768,512", each at least 8'
+    sides = value.split(",") if isinstance(value, str) else value
+    sides = [sides] if type(sides) is int else sides
+    try:
+        numbers = [int(side) if isinstance(side, str) else side for side in sides]
+    except (TypeError, ValueError):
+        raise ValueError(expected) from None
+    if len(numbers) not in (1, 2) or any(type(number) is not int or number < 8 for number in numbers):
+        raise ValueError(expected)
+    return numbers[0], numbers[-1]
+
+
+def read_range(value: Any) -> tuple[float, float]:
+    """Return (least, most) of [2.0, 4.0] or "2.0,4.0"; ValueError says what was expected."""
+    expected = 'two numbers above 0, the smaller first, like [2.0, 4.0] or "2.0,4.0"'
+    try:
+        numbers = [float(end) for end in (value.split(",") if isinstance(value, str) else value)]
+    except (TypeError, ValueError):
+        raise ValueError(expected) from None
+    if len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] < float("inf"):
+        raise ValueError(expected)
+    return numbers[0], numbers[1]
+
+
+_share = _number(0, 1, "a number from 0 to 1")
+_not_negative = _number(0, float("inf"), "a number of at least 0")
+_any_number = _number(float("-inf"), float("inf"), "a number")
+
+DATASET_KEYS: Mapping[str, Reader] = {
+    "resolution": read_resolution,
+    "batch_size": _whole(1),
+    "enable_bucket": _flag,
+    "min_bucket_reso": _whole(1),
+    "max_bucket_reso": _whole(1),
+    "bucket_reso_steps": _whole(8),
+    "bucket_no_upscale": _flag,
+    "network_multiplier": _any_number,
+    "validation_split": _any_number,
+    "validation_seed": _whole_of_any_sign,
+}
+"""Keys of [general] and [[datasets]]."""
+
+SUBSET_KEYS: Mapping[str, Reader] = {
+    "num_repeats": _whole_of_any_sign,
+    "shuffle_caption": _flag,
+    "enable_wildcard": _flag,
+    "color_aug": _flag,
+    "flip_aug": _flag,
+    "random_crop": _flag,
+    "caption_separator": _separator,
+    "keep_tokens": _whole(0),
+    "keep_tokens_separator": _text,
+    "secondary_separator": _text,
+    "caption_prefix": _text,
+    "caption_suffix": _text,
+    "face_crop_aug_range": read_range,
+    "token_warmup_min": _whole(0),
+    "token_warmup_step": _not_negative,
+    "caption_dropout_rate": _share,
+    "caption_tag_dropout_rate": _share,
+    "caption_dropout_every_n_epochs": _whole(0),
+    "custom_attributes": _table,
+    "caption_extension": _extension,
+    "cache_info": _flag,
+    "class_tokens": _text,
+    "resize_interpolation": _choice(INTERPOLATIONS),
+    "alpha_mask": _flag,
+    "conditioning_data_dir": _path,
+    "missing_mask": _choice(MISSING_MASK_RULES),
+}
+"""Keys of [general], [[datasets]] and [[datasets.subsets]]."""
+
+SUBSET_ONLY_KEYS: Mapping[str, Reader] = {"image_dir": _path, "is_reg": _flag, "metadata_file": _text}
+
+COMMAND_LINE_KEYS = ("prior_loss_weight", "debug_dataset", "masked_loss")
+SYNONYMS = {
+    "train_batch_size": "batch_size",
+    "dataset_repeats": "num_repeats",
+    "repeats": "num_repeats",
+    "caption_extention": "caption_extension",
+    "mask_dir": "conditioning_data_dir",
+    "train_data_dir": "image_dir",
+}
+
+
+@dataclass(frozen=True)
+class Level:
+    """One table of the config, or the command line."""
+
+    place: str  # "general", "datasets[0]", "datasets[0].subsets[1]"
+    values: Mapping[str, Any]  # checked; without the keys that are null
+
+
+def read_value(place: str, value: Any, read: Reader) -> Any:
+    """Return read(value); OptionError with the place, what was expected and the value, where it does not fit."""
+    try:
+        return read(value)
+    except ValueError as expected:
+        raise OptionError(f"{place} must be {expected}, got {value!r}.") from None
+
+
+def read_table(source: Path, place: str, table: Any, keys: Mapping[str, Reader]) -> Level:
+    """Return the table with every value checked; OptionError for an unknown key or a wrong value."""
+    if not isinstance(table, dict):
+        raise OptionError(f"{source}: {place} must be a table, got {table!r}.")
+    values = {}
+    for key, value in table.items():
+        if key not in keys:
+            raise OptionError(f"{source}: {place}.{key} {_why_not(key, keys)}")
+        if value is not None:
+            values[key] = read_value(f"{source}: {place}.{key}", value, keys[key])
+    return Level(place, values)
+
+
+def _why_not(key: str, keys: Mapping[str, Reader]) -> str:
+    if key in DATASET_KEYS:
+        return "cannot be set for a subset. Move it to [[datasets]] or [general]."
+    if key in SUBSET_ONLY_KEYS:
+        return "can only be set for a subset. Move it to [[datasets.subsets]]."
+    if key in COMMAND_LINE_KEYS:
+        return f"can only be set on the command line, as --{key}."
+    if SYNONYMS.get(key) in keys:
+        return f"is not a key of a dataset config. Did you mean {SYNONYMS[key]}?"
+    return f"is not a key of a dataset config.{did_you_mean(key, keys)}"
