@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -57,10 +56,31 @@ class ModelFamily(Protocol):
     name: str  # "sd": cache suffix, metadata
     latent_space: LatentSpace
 
-    def load(self, checkpoint: str, vae: str | None, dtype: torch.dtype) -> Parts: ...
-    def vae_identity(self, checkpoint: str, vae: str | None) -> str: ...
-    def tokenize(self, captions: Sequence[str]) -> Tensor: ...
-    def encode_text(self, parts: Parts, tokens: Tensor) -> Any: ...
-    def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor: ...
-    def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: Any, batch: Batch) -> Tensor: ...
-    def lora_targets(self, parts: Parts) -> Iterable[LoraTarget]: ...
+    def load(
+        self, checkpoint: str, vae_path: str | None, dtype: torch.dtype, vae_dtype: torch.dtype | None = None
+    ) -> Parts:
+        """Return the models on the CPU, frozen, in eval mode; vae_dtype is the VAE's where it differs."""
+
+    def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
+        """Return a fingerprint of the VAE's encoder, read without loading the model."""
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Return the captions' tokens, first axis B, as `encode_text` takes them."""
+
+    def encode_text(self, parts: Parts, tokens: Tensor) -> Any:
+        """Return what `predict` takes as text; differentiable in the text encoders."""
+
+    def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return VAE samples (B, C, h, w), not yet scaled, of images (B, 3, H, W); noise decides the draw."""
+
+    def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: Any, batch: Batch) -> Tensor:
+        """Return the denoiser's output (B, C, h, w)."""
+
+    def lora_targets(self, parts: Parts) -> Iterable[LoraTarget]:
+        """Return every module that a LoRA can adapt, in the order of LoRA files."""
+
+    def enable_gradient_checkpointing(self, parts: Parts, train_text_encoder: bool) -> None:
+        """Make the denoiser, and on demand the text encoders, recompute activations in the backward pass."""
+
+    def set_attention(self, parts: Parts, kind: str) -> None:
+        """Choose the denoiser's attention: "sdpa" or "xformers" (a warning and sdpa where that cannot be used)."""

@@ -1,0 +1,246 @@
+"""Model files in and out: tensors one by one, onto modules without a second copy, and errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from library.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+SHOWN_KEYS = 3
+
+
+class TensorSource(Protocol):
+    """Named tensors of a file, read one at a time."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor in the file's dtype, on the CPU."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a part of the tensor along its first axis; nothing else is read."""
+
+
+class SafetensorsFile:
+    """A mapped safetensors file: a tensor's bytes are read when they are first used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(str(path), framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: not a readable safetensors file ({error}). It may be an unfinished download: fetch it again."
+            ) from error
+        self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 not a dict
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(part.get_shape()) for name, part in self._slices.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor, backed by the file's pages."""
+        return self._file.get_tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows start to stop."""
+        return self._slices[name][start:stop]
+
+
+class PickledFile:
+    """A torch checkpoint (.ckpt, .pt, .bin); only tensors and plain containers are unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = _unpickle(path)
+        while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors.")
+        self._tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(tensor.shape) for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor."""
+        return self._tensors[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows start to stop."""
+        return self._tensors[name][start:stop]
+
+
+def _unpickle(path: Path) -> Any:
+    """Return what torch saved at path; mapped from the file where its format allows that."""
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written by torch before 1.6: cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds Python objects besides tensors (or is damaged), and those could run code. "
+            "Convert it to .safetensors with a tool you trust, or fetch the .safetensors version."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({error}). It may be an unfinished download: fetch it again."
+        ) from error
+
+
+def open_tensors(path: Path) -> TensorSource:
+    """Return the file's tensors, by its suffix.
+
+    Raises:
+        CheckpointError: no such file, an unknown suffix, or not readable.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file. Check the path.")
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in PICKLED:
+        return PickledFile(path)
+    known = ", ".join((".safetensors", *PICKLED))
+    raise CheckpointError(f"{path}: '{path.suffix}' is not a known kind of model file. Known: {known}.")
+
+
+class Prefixed:
+    """The tensors of a file under one prefix, which is left out of their names."""
+
+    def __init__(self, file: TensorSource, prefix: str) -> None:
+        self._file, self._prefix = file, prefix
+        self.path = file.path
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor."""
+        return self._file.read(self._prefix + name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows start to stop."""
+        return self._file.rows(self._prefix + name, start, stop)
+
+
+def has_prefix(file: TensorSource, prefix: str) -> bool:
+    """Say whether any tensor's name starts with prefix."""
+    return any(name.startswith(prefix) for name in file.shapes)
+
+
+def build_on_meta(make: Callable[[], Any]) -> nn.Module:
+    """Return the module that make builds, without memory for its weights (`load_onto` gives it some)."""
+    with torch.device("meta"):
+        return make()
+
+
+def load_onto(
+    module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, source: str, part: str
+) -> None:
+    """Give a module built on the meta device its tensors, frozen and in eval mode.
+
+    Args:
+        module: knows the shapes.
+        tensors: (name in the module, tensor) in any floating dtype; consumed one by one. A (out, in, 1, 1) tensor
+            also fits an (out, in) parameter, and the reverse.
+        dtype: of every floating tensor afterwards.
+        source: the file or folder, for messages.
+        part: "U-Net" and so on, for messages.
+
+    Raises:
+        CheckpointError: a tensor's shape does not fit.
+    """
+    wanted = module.state_dict()
+    fitted: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        shape = wanted[name].shape
+        if tensor.shape != shape:
+            if math.prod(tensor.shape) != math.prod(shape) or _squeezed(tensor.shape) != _squeezed(shape):
+                raise CheckpointError(
+                    f"{source}: {part} tensor {name} is {list(tensor.shape)}, expected {list(shape)}. "
+                    "The file mixes different models or is damaged."
+                )
+            tensor = tensor.reshape(shape)
+        fitted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    assert fitted.keys() == wanted.keys(), sorted(wanted.keys() - fitted.keys())[:SHOWN_KEYS]
+    module.load_state_dict(fitted, strict=True, assign=True)
+    _fill_buffers(module)
+    module.requires_grad_(False).eval()
+
+
+def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape without the 1x1 of a convolution that is a linear layer."""
+    return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
+
+
+def _fill_buffers(module: nn.Module) -> None:
+    """Give the buffers that no file holds their values: transformers' position_ids count from 0."""
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            owner, _, last = name.rpartition(".")
+            assert last == "position_ids", name
+            positions = torch.arange(buffer.shape[-1]).expand(buffer.shape).clone()
+            module.get_submodule(owner).register_buffer(last, positions, persistent=False)
+
+
+def require(file: TensorSource, names: Iterable[str], part: str) -> None:
+    """Check that the file has all these tensors.
+
+    Raises:
+        CheckpointError: says how many are missing and names the first three.
+    """
+    wanted = list(names)
+    missing = [name for name in wanted if name not in file.shapes]
+    if missing:
+        first = ", ".join(missing[:SHOWN_KEYS])
+        raise CheckpointError(
+            f"{file.path}: {len(missing)} of {len(wanted)} {part} tensors are missing (first: {first}). "
+            "The file is incomplete or holds another kind of model."
+        )
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to path through a temporary file beside it, so that path never holds half a file.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, temporary, metadata=dict(metadata or {}))
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error}).") from error
+
+
+def _umask() -> int:
+    """Return the process's file mode mask; mkstemp ignores it and makes files private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

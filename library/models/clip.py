@@ -1,0 +1,174 @@
+"""CLIP text encoders: built from a file, run window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.models.checkpoint import TensorSource, build_on_meta, load_onto, require
+from library.models.clip_tokens import BOS, EOS
+from library.models.layout import clip as layout
+
+TOKEN_EMBEDDING, POSITION_EMBEDDING = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
+OPENCLIP_LAYERS = 24  # OpenCLIP ViT-H as SD 2.x carries it whole; trainers write 23
+HEAD_WIDTH = 64  # of every CLIP text encoder that SD uses
+
+
+def build(file: TensorSource, dtype: torch.dtype) -> nn.Module:
+    """Return SD 1.x's text encoder with the file's weights, its size read from the tensors' shapes.
+
+    Args:
+        file: names start at "embeddings.", or at "text_model.embeddings.".
+        dtype: of the weights in memory.
+
+    Raises:
+        CheckpointError: tensors are missing or of a wrong shape.
+    """
+    nested = layout.NESTED if f"{layout.NESTED}{TOKEN_EMBEDDING}" in file.shapes else ""
+    layers = _count_layers(file, f"{nested}encoder.layers.{{}}.mlp.fc1.weight")
+    first = f"{nested}encoder.layers.0.mlp.fc1.weight"
+    positions = f"{nested}{POSITION_EMBEDDING}"
+    require(file, (f"{nested}{TOKEN_EMBEDDING}", positions, first), "text encoder")
+    module = _empty(
+        vocabulary=file.shapes[f"{nested}{TOKEN_EMBEDDING}"][0],
+        positions=file.shapes[positions][0],
+        fc1=file.shapes[first],
+        layers=layers,
+        activation="quick_gelu",
+    )
+    names = {name: nested + name.removeprefix(layout.NESTED) for name in module.state_dict()}
+    require(file, names.values(), "text encoder")
+    tensors = ((name, file.read(stored)) for name, stored in names.items())
+    load_onto(module, tensors, dtype, str(file.path), "text encoder")
+    return module
+
+
+def build_openclip(file: TensorSource, dtype: torch.dtype) -> nn.Module:
+    """Return SD 2.x's text encoder: OpenCLIP's without its last layer, whose output SD 2.x does not use.
+
+    Args:
+        file: names start at "token_embedding.".
+        dtype: of the weights in memory.
+
+    Raises:
+        CheckpointError: tensors are missing or of a wrong shape.
+    """
+    stored_layers = _count_layers(file, "transformer.resblocks.{}.mlp.c_fc.weight")
+    layers = stored_layers - 1 if stored_layers == OPENCLIP_LAYERS else stored_layers
+    first = "transformer.resblocks.0.mlp.c_fc.weight"
+    require(file, ("token_embedding.weight", "positional_embedding", first), "text encoder")
+    module = _empty(
+        vocabulary=file.shapes["token_embedding.weight"][0],
+        positions=file.shapes["positional_embedding"][0],
+        fc1=file.shapes[first],
+        layers=layers,
+        activation="gelu",
+    )
+    table = layout.openclip_table(layers)
+    names = {name: name.removeprefix(layout.NESTED) for name in module.state_dict()}
+    sources = {name: layout.fused_source(canonical) for name, canonical in names.items()}
+    stored = {name: source[0] if source else table.to_original(names[name]) for name, source in sources.items()}
+    require(file, (key for key in stored.values() if key), "text encoder")
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for name, source in sources.items():
+            key = stored[name]
+            assert key is not None, name
+            if source is None:
+                yield name, file.read(key)
+            else:
+                third = file.shapes[key][0] // 3
+                yield name, file.rows(key, source[1] * third, (source[1] + 1) * third)
+
+    load_onto(module, read(), dtype, str(file.path), "text encoder")
+    return module
+
+
+def _count_layers(file: TensorSource, pattern: str) -> int:
+    """Return how many layers the file has, counted by one tensor's name."""
+    layers = 0
+    while pattern.format(layers) in file.shapes:
+        layers += 1
+    return layers
+
+
+def _empty(vocabulary: int, positions: int, fc1: tuple[int, ...], layers: int, activation: str) -> nn.Module:
+    """Return a CLIPTextModel on the meta device; fc1 is the (inner width, width) of its first MLP."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    inner_width, width = fc1
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner_width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        max_position_embeddings=positions,
+        hidden_act=activation,
+        projection_dim=width,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    return build_on_meta(lambda: CLIPTextModel(config))
+
+
+def original_tensors(text_encoder: nn.Module, openclip: bool) -> dict[str, Tensor]:
+    """Return the text encoder's weights under their names in a full checkpoint.
+
+    Args:
+        text_encoder: transformers' CLIPTextModel.
+        openclip: write SD 2.x's layout, q, k and v fused, instead of SD 1.x's.
+    """
+    canonical = {name.removeprefix(layout.NESTED): tensor for name, tensor in text_encoder.state_dict().items()}
+    canonical.pop("embeddings.position_ids", None)  # a counter, which old transformers count among the weights
+    if not openclip:
+        return {f"{layout.SD1_PREFIX}{layout.NESTED}{name}": tensor for name, tensor in canonical.items()}
+    model: Any = inner(text_encoder)
+    table = layout.openclip_table(len(model.encoder.layers))
+    written: dict[str, Tensor] = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in canonical.items():
+        source = layout.fused_source(name)
+        if source is not None:
+            thirds.setdefault(layout.SD2_PREFIX + source[0], {})[source[1]] = tensor
+        else:
+            written[f"{layout.SD2_PREFIX}{table.to_original(name)}"] = tensor
+    fused = {name: torch.cat([parts[index] for index in range(len(parts))]) for name, parts in thirds.items()}
+    return written | fused
+
+
+def join_windows(states: Tensor) -> Tensor:
+    """Return hidden states (B, windows, 77, D) as one sequence (B, 75 * windows + 2, D).
+
+    Kept are the first window's BOS, every window's 75, and the last window's last position.
+    """
+    middle = states[:, :, 1:-1].flatten(1, 2)
+    return torch.cat([states[:, 0, :1], middle, states[:, -1, -1:]], dim=1)
+
+
+def inner(text_encoder: nn.Module) -> nn.Module:
+    """Return the module that has `encoder` and `final_layer_norm`: older transformers nest it one level deeper."""
+    nested = getattr(text_encoder, "text_model", None)
+    return nested if isinstance(nested, nn.Module) else text_encoder
+
+
+def hidden_states(text_encoder: nn.Module, tokens: Tensor, clip_skip: int | None) -> Tensor:
+    """Return the normed hidden states (B, 77, D) of tokens (B, 77).
+
+    Args:
+        text_encoder: transformers' CLIPTextModel.
+        tokens: int64.
+        clip_skip: None or 1 for the last layer's output, N for the Nth layer from the end; the final layer norm
+            follows either way.
+    """
+    if clip_skip is None or clip_skip == 1:
+        return text_encoder(tokens).last_hidden_state
+    outputs = text_encoder(tokens, output_hidden_states=True)
+    model: Any = inner(text_encoder)
+    layers = len(model.encoder.layers)
+    # counted from the front: [0] is the embedding, [n] the output of layer n
+    return model.final_layer_norm(outputs.hidden_states[layers + 1 - clip_skip])

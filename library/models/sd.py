@@ -1,0 +1,351 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.batch import Batch
+from library.errors import CheckpointError
+from library.models import clip, clip_tokens, unet, vae
+from library.models.checkpoint import PICKLED, Prefixed, TensorSource, has_prefix, open_tensors
+from library.models.family import LatentSpace, LoraTarget, Parts
+from library.models.layout import clip as clip_layout
+from library.models.layout import unet as unet_layout
+from library.models.prompt_weights import parse
+
+SCALE = 0.18215  # v1-inference.yaml and v2-inference.yaml, scale_factor
+VAE_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+OTHER_FAMILIES = (  # (a part of a tensor's name, what such a file is, its training script)
+    ("conditioner.embedders.", "an SDXL model", "sdxl_train_network.py"),
+    ("joint_blocks.", "a Stable Diffusion 3 model", "sd3_train_network.py"),
+)
+OTHER_PIPELINES = {
+    "StableDiffusionXLPipeline": OTHER_FAMILIES[0],
+    "StableDiffusion3Pipeline": OTHER_FAMILIES[1],
+}
+
+
+@dataclass(frozen=True)
+class Sd:
+    """The SD 1.x / 2.x family: how its files are loaded and its models called."""
+
+    v2: bool = False
+    v_parameterization: bool = False
+    clip_skip: int | None = None  # None or 1: the last layer
+    max_token_length: int | None = None  # None and 75: one window; 150: two; 225: three
+    weighted_captions: bool = False
+    tokenizer_cache_dir: str | None = None
+
+    name = "sd"
+    latent_space = LatentSpace(channels=4, scale=SCALE)
+
+    @classmethod
+    def from_options(cls, options: Any) -> Sd:
+        """Return the family as the model options describe it."""
+        model = options.model
+        return cls(
+            v2=model.v2,
+            v_parameterization=model.v_parameterization,
+            clip_skip=model.clip_skip,
+            max_token_length=model.max_token_length,
+            weighted_captions=model.weighted_captions,
+            tokenizer_cache_dir=model.tokenizer_cache_dir,
+        )
+
+    # ---- files -------------------------------------------------------------------------------------------------
+    def load(
+        self, checkpoint: str, vae_path: str | None, dtype: torch.dtype, vae_dtype: torch.dtype | None = None
+    ) -> Parts:
+        """Return the models of a single file, a diffusers folder or a hub id, on the CPU, frozen, in eval mode.
+
+        Args:
+            checkpoint: --pretrained_model_name_or_path.
+            vae_path: --vae: a VAE file, a full checkpoint, a folder or a hub id; None for the checkpoint's own.
+            dtype: of the U-Net and the text encoder.
+            vae_dtype: of the VAE, where it differs.
+
+        Raises:
+            CheckpointError: says what is wrong with the file and what to do.
+        """
+        vae_dtype = vae_dtype or dtype
+        if _is_file(checkpoint):
+            denoiser, text_encoder = self._load_file(Path(checkpoint), dtype)
+        else:
+            denoiser, text_encoder = self._load_folder(checkpoint, dtype)
+        return Parts(denoiser, (text_encoder,), _load_vae(vae_path or checkpoint, vae_dtype))
+
+    def _load_file(self, path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        """Return the U-Net and the text encoder of a checkpoint in the original layout."""
+        file = open_tensors(path)
+        _check_family(file)
+        found_v2 = has_prefix(file, clip_layout.SD2_PREFIX)
+        if found_v2 or has_prefix(file, clip_layout.SD1_PREFIX):
+            self._check_version(found_v2, str(path))
+        if self.v2:
+            text_encoder = clip.build_openclip(Prefixed(file, clip_layout.SD2_PREFIX), dtype)
+        else:
+            text_encoder = clip.build(Prefixed(file, clip_layout.SD1_PREFIX), dtype)
+        return unet.build(Prefixed(file, unet_layout.PREFIX), self.v2, dtype), text_encoder
+
+    def _load_folder(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        """Return the U-Net and the text encoder of a diffusers folder or hub id."""
+        _check_pipeline(Path(checkpoint))
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        try:
+            loaded: Any = CLIPTextModel.from_pretrained(checkpoint, subfolder="text_encoder", output_loading_info=True)
+            text_encoder, info = loaded
+            denoiser: Any = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", torch_dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise _not_found(checkpoint, error) from error
+        missing = [name for name in info["missing_keys"] if not name.endswith("position_ids")]
+        if missing:
+            raise CheckpointError(
+                f"{checkpoint}: {len(missing)} text encoder tensors are missing (first: "
+                f"{', '.join(sorted(missing)[:3])}). The folder is incomplete or from an unknown diffusers version."
+            )
+        # the activation is what tells the two text encoders apart at any size
+        self._check_version(text_encoder.config.hidden_act != "quick_gelu", checkpoint)
+        for module in (denoiser, text_encoder):
+            module.to(dtype).requires_grad_(False).eval()
+        return denoiser, text_encoder
+
+    def _check_version(self, found_v2: bool, checkpoint: str) -> None:
+        """Raise CheckpointError where the checkpoint is SD 2.x without --v2, or SD 1.x with it."""
+        if found_v2 and not self.v2:
+            raise CheckpointError(f"{checkpoint}: is a Stable Diffusion 2.x model. Add --v2.")
+        if self.v2 and not found_v2:
+            raise CheckpointError(f"{checkpoint}: is a Stable Diffusion 1.x model. Leave out --v2.")
+
+    def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
+        """Return 32 hex digits that identify the VAE's encoder, read without loading the model.
+
+        Raises:
+            CheckpointError: the file is not there, not readable or holds no VAE.
+        """
+        return vae.fingerprint(open_tensors(_vae_file(vae_path or checkpoint)))
+
+    # ---- text --------------------------------------------------------------------------------------------------
+    @property
+    def num_windows(self) -> int:
+        """Return how many windows of 77 tokens a caption gets."""
+        return (self.max_token_length or clip_tokens.CONTENT) // clip_tokens.CONTENT
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Return the captions' tokens, (B, windows, 77) int64.
+
+        With weighted_captions (B, windows, 2, 77) float32: the tokens, which float32 holds exactly, and their weights.
+        """
+        name, pad_word, pad = (
+            ("stabilityai_stable-diffusion-2", "!", 0)
+            if self.v2
+            else ("openai_clip-vit-large-patch14", clip_tokens.END_WORD, clip_tokens.EOS)
+        )
+        encode = clip_tokens.tokenizer(self.tokenizer_cache_dir, name, pad_word).encode_batch
+        if not self.weighted_captions:
+            encoded = encode(list(captions), add_special_tokens=False)
+            return torch.tensor([clip_tokens.windows(entry.ids, self.num_windows, pad) for entry in encoded])
+        rows = []
+        for caption in captions:
+            pieces = parse(caption)
+            encoded = encode([text for text, _ in pieces], add_special_tokens=False)
+            ids = [token for entry in encoded for token in entry.ids]
+            weights = [
+                weight for entry, (_, weight) in zip(encoded, pieces, strict=True) for _ in range(len(entry.ids))
+            ]
+            tokens = clip_tokens.windows(ids, self.num_windows, pad)
+            factors = clip_tokens.weight_windows(weights, self.num_windows)
+            rows.append(torch.stack([torch.tensor(tokens, dtype=torch.float32), torch.tensor(factors)], dim=1))
+        return torch.stack(rows)
+
+    def encode_text(self, parts: Parts, tokens: Tensor) -> Tensor:
+        """Return hidden states (B, N, D), N = 75 * windows + 2, of what `tokenize` returned.
+
+        Each window is encoded alone. Weights multiply a token's hidden state, without renormalising.
+        """
+        weights = None
+        if tokens.dim() == 4:
+            tokens, weights = tokens[:, :, 0].long(), tokens[:, :, 1]
+        batch, num_windows, length = tokens.shape
+        states = clip.hidden_states(parts.text_encoders[0], tokens.reshape(-1, length), self.clip_skip)
+        states = states.reshape(batch, num_windows, length, -1)
+        if weights is not None:
+            states = states * weights.to(states).unsqueeze(-1)
+        return clip.join_windows(states)
+
+    # ---- images ------------------------------------------------------------------------------------------------
+    def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return latents (B, 4, h, w), not scaled, of images (B, 3, H, W) in [-1, 1].
+
+        Args:
+            parts: only the VAE is used.
+            images: on the VAE's device.
+            noise: (B, 4, h, w) standard normal, which decides the draw from the VAE's distribution; None: fresh.
+        """
+        return vae.encode(parts.vae, images, noise)
+
+    def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
+        """Return the U-Net's output (B, 4, h, w): noise, or velocity for a v-parameterised model.
+
+        Args:
+            parts: only the denoiser is used.
+            noisy: (B, 4, h, w) in latent space.
+            timesteps: (B,) int64 in [0, 1000).
+            text: (B, N, D) from `encode_text`.
+            batch: not needed by this family.
+        """
+        return parts.denoiser(noisy, timesteps, encoder_hidden_states=text).sample
+
+    # ---- training ----------------------------------------------------------------------------------------------
+    def lora_targets(self, parts: Parts) -> Iterator[LoraTarget]:
+        """Yield every module that a LoRA can adapt, in the order of LoRA files: text encoder, then U-Net."""
+        return lora_targets_of(parts.text_encoders, parts.denoiser)
+
+    def enable_gradient_checkpointing(self, parts: Parts, train_text_encoder: bool) -> None:
+        """Trade time for memory: the U-Net's, and on demand the text encoder's, activations are computed twice.
+
+        Both are put in train mode, without which transformers ignores the setting; neither has dropout.
+        """
+        denoiser: Any = parts.denoiser
+        denoiser.enable_gradient_checkpointing()
+        denoiser.train()
+        if train_text_encoder:
+            text_encoder: Any = parts.text_encoders[0]
+            text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            text_encoder.train()
+
+    def set_attention(self, parts: Parts, kind: str) -> None:
+        """Choose the U-Net's attention: "sdpa" or "xformers" (a warning and sdpa where that cannot be used)."""
+        unet.set_attention(parts.denoiser, kind)
+
+
+def lora_targets_of(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> Iterator[LoraTarget]:
+    """Yield the LoRA targets of a text encoder and a U-Net, under the names that LoRA files use.
+
+    Args:
+        text_encoders: none or one transformers CLIPTextModel.
+        denoiser: a U-Net with diffusers' module structure.
+    """
+    for text_encoder in text_encoders:
+        model: Any = clip.inner(text_encoder)
+        for path in clip_layout.lora_paths(len(model.encoder.layers)):
+            name = f"lora_te_text_model_{path.replace('.', '_')}"
+            yield LoraTarget(name, model.get_submodule(path), "text_encoder", "attention", None)
+    modules = dict(denoiser.named_modules())
+    for entry in unet_layout.lora_paths():
+        if entry.path in modules:
+            name = f"lora_unet_{entry.path.replace('.', '_')}"
+            yield LoraTarget(name, modules[entry.path], "unet", entry.kind, entry.block)
+
+
+def original_tensors(parts: Parts, v2: bool) -> dict[str, Tensor]:
+    """Return all weights under their names in a single-file checkpoint, as other tools expect them."""
+    return (
+        unet.original_tensors(parts.denoiser, linear_projection=v2)
+        | vae.original_tensors(parts.vae)
+        | clip.original_tensors(parts.text_encoders[0], openclip=v2)
+    )
+
+
+def _is_file(checkpoint: str) -> bool:
+    """Say whether this names a model file, present or missing, rather than a folder or a hub id."""
+    path = Path(checkpoint)
+    return path.is_file() or (not path.is_dir() and path.suffix in (".safetensors", *PICKLED))
+
+
+def _check_family(file: TensorSource) -> None:
+    """Raise CheckpointError where the file is not an SD 1.x or 2.x checkpoint, and name the right script."""
+    for part, kind, script in OTHER_FAMILIES:
+        if any(part in name for name in file.shapes):
+            raise CheckpointError(f"{file.path}: is {kind}. Train it with {script}.")
+    if any(name.startswith(("lora_unet_", "lora_te_")) for name in file.shapes):
+        raise CheckpointError(
+            f"{file.path}: is a LoRA file. --pretrained_model_name_or_path needs the model it was trained on."
+        )
+    if not has_prefix(file, unet_layout.PREFIX):
+        raise CheckpointError(
+            f"{file.path}: holds no U-Net (no tensor starts with {unet_layout.PREFIX}). "
+            "Give a full Stable Diffusion checkpoint."
+        )
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Raise CheckpointError where a local folder holds another family, or no pipeline at all."""
+    if not folder.is_dir():
+        return
+    try:
+        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        if (folder / "unet").is_dir() and (folder / "text_encoder").is_dir():
+            return
+        raise CheckpointError(
+            f"{folder}: is not a diffusers model folder (no model_index.json). Give that folder or a model file."
+        ) from error
+    if kind in OTHER_PIPELINES:
+        _, what, script = OTHER_PIPELINES[kind]
+        raise CheckpointError(f"{folder}: is {what}. Train it with {script}.")
+
+
+def _not_found(name: str, error: Exception) -> CheckpointError:
+    """Return the error for a folder or hub id that cannot be loaded."""
+    reason = str(error).strip().partition("\n")[0]
+    if Path(name).is_dir():
+        return CheckpointError(f"{name}: cannot be loaded as a diffusers folder ({reason}).")
+    return CheckpointError(
+        f"{name}: neither a file nor a folder, and not loadable from the Hugging Face hub ({reason}). "
+        "Check the path, or the connection if it is a hub id."
+    )
+
+
+def _load_vae(name: str, dtype: torch.dtype) -> nn.Module:
+    """Return the VAE of a file, a folder (its own or a whole model's) or a hub id."""
+    if _is_file(name):
+        return vae.build(open_tensors(Path(name)), dtype)
+    from diffusers import AutoencoderKL
+
+    folder = Path(name)
+    inside = [None] if folder.is_dir() and not (folder / "vae").is_dir() else ["vae", None]
+    for position, subfolder in enumerate(inside):
+        try:
+            module = AutoencoderKL.from_pretrained(name, subfolder=subfolder, torch_dtype=dtype)
+        except (OSError, ValueError) as error:
+            if position == len(inside) - 1:
+                raise _not_found(name, error) from error
+        else:
+            return module.requires_grad_(False).eval()
+    raise AssertionError(inside)
+
+
+def _vae_file(name: str) -> Path:
+    """Return the file that holds a VAE's weights, for a file, a folder or a hub id (fetched if it is not cached)."""
+    if _is_file(name):
+        return Path(name)
+    candidates = [f"{place}{weights}" for place in ("vae/", "") for weights in VAE_WEIGHTS]
+    if Path(name).is_dir():
+        present = [path for path in (Path(name) / candidate for candidate in candidates) if path.is_file()]
+        if present:
+            return present[0]
+        raise CheckpointError(f"{name}: holds no VAE weights (looked for vae/{VAE_WEIGHTS[0]} and {VAE_WEIGHTS[0]}).")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    reason: Exception | None = None
+    for candidate in candidates:
+        try:
+            return Path(hf_hub_download(name, candidate))
+        except (OSError, HfHubHTTPError, HFValidationError) as error:  # the next name may be the one it has
+            reason = reason or error
+    assert reason is not None
+    raise _not_found(name, reason)

@@ -1,0 +1,1 @@
+"""The tests, and the tiny models they share."""

@@ -1,0 +1,39 @@
+"""Tiny Stable Diffusion checkpoints in the true layouts, written once a session."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+from examples.embedded_model.make import Size, write, write_diffusers
+
+SD15 = Size(unet=(32, 64, 96, 96), vae=(32, 64, 96, 96), text=64)
+SD21 = Size(unet=(32, 64, 96, 96), vae=(32, 64, 96, 96), text=64, text_layers=23, v2=True)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="tiny-models-")  # removed when the process ends
+
+
+@functools.cache
+def tiny_sd15() -> Path:
+    """Return a tiny SD 1.5 checkpoint in the original layout, float32. Do not change the file."""
+    return write(Path(_folder().name) / "sd15.safetensors", precision="float", size=SD15)
+
+
+@functools.cache
+def tiny_sd21() -> Path:
+    """Return a tiny SD 2.1 checkpoint in the original layout, float32. Do not change the file."""
+    return write(Path(_folder().name) / "sd21.safetensors", precision="float", size=SD21)
+
+
+@functools.cache
+def tiny_sd15_folder() -> Path:
+    """Return the diffusers folder of the same model as `tiny_sd15`. Do not change the files."""
+    return write_diffusers(Path(_folder().name) / "sd15", precision="float", size=SD15)
+
+
+@functools.cache
+def tiny_sd21_folder() -> Path:
+    """Return the diffusers folder of the same model as `tiny_sd21`. Do not change the files."""
+    return write_diffusers(Path(_folder().name) / "sd21", precision="float", size=SD21)
