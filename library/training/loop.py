@@ -19,35 +19,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.batch import Batch
+    from library.dataset.plan import RunPlan
     from library.training.sampling import Sampler
     from library.training.saving import Saver
     from library.training.trackers import Trackers
     from library.training.trainee import Trainee
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Span:
-    """How long a run is, and how its batches group into optimizer steps."""
-
-    max_train_steps: int
-    batches_per_epoch: int  # of this process
-    accumulation: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; the last may have fewer micro-batches."""
-        return -(-self.batches_per_epoch // self.accumulation)
-
-    @property
-    def num_epochs(self) -> int:
-        """Epochs begun until max_train_steps."""
-        return -(-self.max_train_steps // self.steps_per_epoch)
-
-    def is_update(self, index: int) -> bool:
-        """Return whether the micro-batch at index (0-based, within its epoch) ends an optimizer step."""
-        return (index + 1) % self.accumulation == 0 or index + 1 == self.batches_per_epoch
 
 
 @dataclass
@@ -60,7 +38,8 @@ class Run:
     optimizer: Any
     scheduler: Any
     batches: Iterable[Batch]  # endless, from the first batch of the first epoch
-    span: Span
+    plan: RunPlan
+    max_train_steps: int
     seed: int
     max_grad_norm: float  # 0: no clipping
     latents_of: Callable[[Batch], Tensor]  # cached latents, or the VAE's
@@ -70,6 +49,11 @@ class Run:
     trackers: Trackers
     history: LossHistory
     reader: LossReader
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs begun until max_train_steps."""
+        return -(-self.max_train_steps // self.plan.steps_per_epoch)
 
 
 @dataclass(frozen=True)
@@ -83,13 +67,13 @@ class Place:
     is_epoch_end: bool
 
 
-def places(span: Span) -> Iterator[Place]:
+def places(plan: RunPlan, max_train_steps: int) -> Iterator[Place]:
     """Yield the place of every micro-batch until max_train_steps."""
     position, step = 0, 1
-    while step <= span.max_train_steps:
-        epoch, index = divmod(position, span.batches_per_epoch)
-        is_update = span.is_update(index)
-        yield Place(position, epoch + 1, step, is_update, index + 1 == span.batches_per_epoch)
+    while step <= max_train_steps:
+        epoch, index = divmod(position, plan.batches_per_epoch)
+        is_update = plan.ends_step(position)
+        yield Place(position, epoch + 1, step, is_update, index + 1 == plan.batches_per_epoch)
         position += 1
         step += is_update
 
@@ -101,33 +85,35 @@ def train(run: Run) -> bool:
     """
     losses: list[Tensor] = []
     names: list[str] = []
-    place = None
+    place, is_stopped = None, False
     if run.sampler is not None and run.sampler.is_due_at_start():
         sample(run, epoch=0, step=0)
     run.trainee.train()
     with (
         interrupts.deferred() as stop,
-        progress(label="steps", total=run.span.max_train_steps, unit="step") as bar,
+        progress(label="steps", total=run.max_train_steps, unit="step") as bar,
     ):
-        for place, batch in zip(places(run.span), run.batches, strict=False):
+        for place, batch in zip(places(run.plan, run.max_train_steps), run.batches, strict=False):
             losses.append(backward(run, batch, place))
             names.extend(batch.names)
             if not place.is_update:
                 continue
             extras = update(run)
-            measured = StepLosses(place.step, place.epoch, losses, tuple(names), run.learning_rates(), extras)
-            report(run, run.reader.push(measured))
+            measured = StepLosses(
+                place.step, place.epoch, losses, tuple(names), run.learning_rates(), extras, stop.is_set
+            )
+            is_stopped = report(run, run.reader.push(measured))
             losses, names = [], []
             bar.update()
             bar.set_postfix(avr_loss=run.history.average, refresh=False)
-            if stop.is_set:
+            if is_stopped:  # read with the losses, so that all processes stop after the same step
                 break
             after_step(run, place)
     report(run, run.reader.drain())
-    if stop.is_set and place is not None and place.step < run.span.max_train_steps:
+    if is_stopped and place is not None and place.step < run.max_train_steps:
         run.saver.save_interrupted(place.step, place.epoch)
         return False
-    run.saver.save_final(run.span.max_train_steps, run.span.num_epochs)
+    run.saver.save_final(run.max_train_steps, run.num_epochs)
     return True
 
 
@@ -138,27 +124,28 @@ def backward(run: Run, batch: Batch, place: Place) -> Tensor:
     with nullcontext() if place.is_update else run.accelerator.no_sync(run.step):
         per_image: Tensor = run.step(batch, run.latents_of(batch))
         # as sd-scripts: a short last group of an epoch is divided by the full accumulation too
-        run.accelerator.backward(per_image.mean() / run.span.accumulation)
+        run.accelerator.backward(per_image.mean() / run.plan.gradient_accumulation_steps)
     return per_image
 
 
 def update(run: Run) -> dict[str, Tensor]:
     """Clip, step, schedule, zero; return what the trainee measured, as scalars on the device."""
+    extras = run.trainee.before_update()
     if run.max_grad_norm > 0:
         run.accelerator.clip_grad_norm_(run.trainee.trained_parameters(), run.max_grad_norm)
     run.optimizer.step()
     if not run.accelerator.optimizer_step_was_skipped:  # the fp16 scaler skips a step that overflowed
         run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return run.trainee.after_step()
+    return extras | run.trainee.after_update()
 
 
 def after_step(run: Run, place: Place) -> None:
     """Save and sample where due; epochs after the steps that end them."""
-    is_last = place.step == run.span.max_train_steps
+    is_last = place.step == run.max_train_steps
     is_epoch_end = place.is_epoch_end or is_last
     is_save_due = run.saver.is_step_due(place.step) and not is_last
-    is_epoch_save_due = place.is_epoch_end and run.saver.is_epoch_due(place.epoch) and place.epoch < run.span.num_epochs
+    is_epoch_save_due = place.is_epoch_end and run.saver.is_epoch_due(place.epoch)
     is_sample_due = run.sampler is not None and run.sampler.is_due(place.epoch if is_epoch_end else None, place.step)
     if is_save_due or is_epoch_save_due or is_sample_due:
         report(run, run.reader.drain())  # a broken loss must stop the run before it is saved
@@ -183,8 +170,11 @@ def sample(run: Run, epoch: int | None, step: int) -> None:
     run.trackers.log_images(paths, step)
 
 
-def report(run: Run, records: Iterable[LossRecord]) -> None:
-    """Take losses that have reached the host into the curve and the trackers."""
+def report(run: Run, records: Iterable[LossRecord]) -> bool:
+    """Take losses that have reached the host into the curve and the trackers; return whether to stop."""
+    is_stop_wanted = False
     for record in records:
         run.history.add(record)
         run.trackers.log_step(record, run.history.average)
+        is_stop_wanted = is_stop_wanted or record.is_stop_wanted
+    return is_stop_wanted

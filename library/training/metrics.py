@@ -27,6 +27,7 @@ class LossRecord:
     loss: float  # mean over the images of the step, of all processes
     learning_rates: dict[str, float]
     extras: dict[str, float]  # what the trainee measured, such as norms
+    is_stop_wanted: bool  # a process was asked to stop; all learn it with the same record
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,15 @@ class StepLosses:
     names: tuple[str, ...]  # the images, in the order of losses
     learning_rates: dict[str, float]
     extras: dict[str, Tensor]  # scalars
+    is_stop_wanted: bool = False
 
 
 @dataclass(frozen=True)
 class _Pending:
     measured: StepLosses
-    values: Tensor  # own losses, then sum and number over all processes, then extras; on their way to the host
+    values: (
+        Tensor  # own losses; over all processes their sum, number and wishes to stop; extras: on the way to the host
+    )
     arrived: torch.cuda.Event | None
 
 
@@ -63,7 +67,8 @@ class LossReader:
     def push(self, measured: StepLosses) -> Iterator[LossRecord]:
         """Send a step's numbers on their way; return the records that have arrived."""
         losses = torch.cat([loss.detach().float() for loss in measured.losses])
-        total = torch.stack([losses.sum(), torch.ones_like(losses).sum()])
+        counts = torch.tensor([float(len(measured.names)), float(measured.is_stop_wanted)])
+        total = torch.cat([losses.sum()[None], counts.to(losses.device, non_blocking=True)])
         extras = [value.detach().float().reshape(1).to(losses.device) for value in measured.extras.values()]
         values = torch.cat([losses, self._reduce(total) if self._reduce else total, *extras])
         arrived = None
@@ -88,7 +93,7 @@ def _record(pending: _Pending) -> LossRecord:
     if pending.arrived is not None:
         pending.arrived.synchronize()  # a whole step old: it has long passed
     measured, values = pending.measured, pending.values.tolist()
-    own, (total, number), extras = values[: (n := len(measured.names))], values[n : n + 2], values[n + 2 :]
+    own, (total, number, stops), extras = values[: (n := len(measured.names))], values[n : n + 3], values[n + 3 :]
     if not math.isfinite(total):
         raise LossError(_broken(measured, own))
     return LossRecord(
@@ -97,6 +102,7 @@ def _record(pending: _Pending) -> LossRecord:
         total / number,
         measured.learning_rates,
         dict(zip(measured.extras, extras, strict=True)),
+        stops > 0,
     )
 
 

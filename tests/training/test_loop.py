@@ -6,26 +6,34 @@ import signal
 import pytest
 
 from library.training import draws, interrupts
-from library.training.loop import Place, Span, places
+from library.dataset.plan import Bucket, RunPlan
+from library.training.loop import Place, places
+
+
+def plan_of(num_images: int, accumulation: int = 1) -> RunPlan:
+    return RunPlan((Bucket(0, (64, 64), 1, tuple(range(num_images)), (1,) * num_images),), 0, accumulation)
+
 
 
 def test_an_epoch_of_five_batches_with_accumulation_two_has_three_steps() -> None:
-    span = Span(max_train_steps=6, batches_per_epoch=5, accumulation=2)
-    assert span.steps_per_epoch == 3
-    assert span.num_epochs == 2
-    assert [place.is_update for place in places(span)] == [False, True, False, True, True] * 2
-    assert [place.step for place in places(span)] == [1, 1, 2, 2, 3, 4, 4, 5, 5, 6]
+    plan = plan_of(5, accumulation=2)
+    assert [place.is_update for place in places(plan, 6)] == [False, True, False, True, True] * 2
+    assert [place.step for place in places(plan, 6)] == [1, 1, 2, 2, 3, 4, 4, 5, 5, 6]
 
 
 def test_the_run_ends_at_max_train_steps_in_the_middle_of_an_epoch() -> None:
-    span = Span(max_train_steps=4, batches_per_epoch=3, accumulation=1)
-    assert span.num_epochs == 2
-    assert list(places(span))[-1] == Place(position=3, epoch=2, step=4, is_update=True, is_epoch_end=False)
+    assert list(places(plan_of(3), 4))[-1] == Place(position=3, epoch=2, step=4, is_update=True, is_epoch_end=False)
 
 
 def test_only_the_last_batch_of_an_epoch_ends_it() -> None:
-    ends = [place.is_epoch_end for place in places(Span(4, batches_per_epoch=2, accumulation=1))]
-    assert ends == [False, True, False, True]
+    assert [place.is_epoch_end for place in places(plan_of(2), 4)] == [False, True, False, True]
+
+
+def test_the_places_agree_with_the_plan_about_steps() -> None:
+    plan = plan_of(7, accumulation=3)
+    for place, draws_of_batch in zip(places(plan, 9), plan.batches(), strict=False):
+        assert {draw.step for draw in draws_of_batch} == {place.step - 1}
+        assert {draw.epoch for draw in draws_of_batch} == {place.epoch}
 
 
 def test_a_seed_is_a_pure_function_of_its_parts() -> None:

@@ -1,5 +1,7 @@
 """Losses come back in order, one step late, and a broken one names its images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,12 @@ from library.training.metrics import LossError, LossHistory, LossReader, LossRec
 def losses_of(step: int, *values: float, **extras: float) -> StepLosses:
     names = tuple(f"image{index}.png" for index in range(len(values)))
     return StepLosses(
-        step, 1, [torch.tensor(values)], names, {"unet": 1e-4}, {key: torch.tensor(value) for key, value in extras.items()}
+        step,
+        1,
+        [torch.tensor(values)],
+        names,
+        {"unet": 1e-4},
+        {key: torch.tensor(value) for key, value in extras.items()},
     )
 
 
@@ -47,22 +54,32 @@ def test_a_loss_that_is_not_finite_names_its_image_and_no_other(broken: float) -
 
 
 def test_a_broken_loss_of_another_process_stops_this_one_too() -> None:
-    reader = LossReader(reduce=lambda total: total + torch.tensor([float("nan"), 1.0]))
+    reader = LossReader(reduce=lambda total: total + torch.tensor([float("nan"), 1.0, 0.0]))
     list(reader.push(losses_of(1, 1.0)))
     with pytest.raises(LossError, match="another process"):
         list(reader.drain())
 
 
 def test_the_loss_is_the_mean_over_all_processes() -> None:
-    reader = LossReader(reduce=lambda total: total + torch.tensor([5.0, 1.0]))
+    reader = LossReader(reduce=lambda total: total + torch.tensor([5.0, 1.0, 0.0]))
     list(reader.push(losses_of(1, 1.0)))
     (record,) = reader.drain()
     assert record.loss == 3.0
 
 
+def test_a_wish_to_stop_reaches_every_process_with_the_same_record() -> None:
+    readers = [
+        LossReader(reduce=lambda total, other=other: total + torch.tensor([1.0, 1.0, other])) for other in (0.0, 1.0)
+    ]
+    for reader, is_asked in zip(readers, (True, False), strict=True):
+        list(reader.push(replace(losses_of(1, 1.0), is_stop_wanted=is_asked)))
+        (record,) = reader.drain()
+        assert record.is_stop_wanted
+
+
 def test_the_average_is_taken_over_the_last_epochs_window() -> None:
     history = LossHistory(window=2)
     for step, loss in enumerate([9.0, 1.0, 2.0], start=1):
-        history.add(LossRecord(step, 1, loss, {}, {}))
+        history.add(LossRecord(step, 1, loss, {}, {}, is_stop_wanted=False))
     assert history.average == 1.5
     assert history.epoch_average(1) == 4.0

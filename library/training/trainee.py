@@ -1,0 +1,193 @@
+"""What is trained: a network on top of frozen models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import OptionError
+from networks import plugin
+
+if TYPE_CHECKING:
+    from library.models.family import ModelFamily, Parts
+    from library.options.network import NetworkOptions
+
+log = logging.getLogger(__name__)
+
+
+class Trainee(Protocol):
+    """The trained weights of a run, whatever they are."""
+
+    modules: tuple[nn.Module, ...]
+    is_text_trained: bool
+
+    def parameter_groups(self) -> plugin.OptimizerGroups:
+        """Return what the optimizer gets, and the names of the learning rates."""
+        ...
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the weights that gradient clipping looks at."""
+        ...
+
+    def train(self) -> None:
+        """Switch dropout on."""
+        ...
+
+    def eval(self) -> None:
+        """Switch dropout off."""
+        ...
+
+    def before_update(self) -> dict[str, Tensor]:
+        """Return what is measured of the gradients, as scalars on the device."""
+        ...
+
+    def after_update(self) -> dict[str, Tensor]:
+        """Do what is due after an optimizer step; return what it measured, as scalars on the device."""
+        ...
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the trained weights."""
+        ...
+
+
+@dataclass
+class NetworkTrainee:
+    """A LoRA or another network: attached to the models, which stay as they are."""
+
+    network: nn.Module
+    models: plugin.Models
+    options: NetworkOptions
+    learning_rate: float
+    is_text_trained: bool
+    save_dtype: torch.dtype | None
+    device: torch.device
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The network, for accelerate to prepare."""
+        return (self.network,)
+
+    def parameter_groups(self) -> plugin.OptimizerGroups:
+        """Return the network's groups with their learning rates; weights without a rate stop requiring gradients."""
+        return plugin.optimizer_groups(
+            self.network, self.options.text_encoder_lr, self.options.unet_lr, self.learning_rate
+        )
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the weights that gradient clipping looks at."""
+        return plugin.trainable_parameters(self.network)
+
+    def train(self) -> None:
+        """Switch the network's dropouts on."""
+        plugin.start_epoch(self.network, self.models)
+
+    def eval(self) -> None:
+        """Switch the network's dropouts off."""
+        self.network.eval()
+
+    def before_update(self) -> dict[str, Tensor]:
+        """Return the norms of networks that watch theirs."""
+        return plugin.measure_norms(self.network)
+
+    def after_update(self) -> dict[str, Tensor]:
+        """Cap the norms where --scale_weight_norms asks for it."""
+        if not self.options.scale_weight_norms:
+            return {}
+        measured = plugin.limit_norms(self.network, self.options.scale_weight_norms, self.device)
+        return {name: torch.as_tensor(value) for name, value in measured.items()}
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the network's file."""
+        plugin.save(self.network, path, self.save_dtype, metadata)
+
+
+def check(options: NetworkOptions) -> ModuleType:
+    """Return the network module; to be called before any model is loaded.
+
+    Raises: OptionError for a module that cannot be loaded, contradicting options or files that are not there.
+    """
+    if not options.network_module:
+        raise OptionError("--network_module is missing. For a LoRA: --network_module networks.lora")
+    if options.network_train_unet_only and options.network_train_text_encoder_only:
+        raise OptionError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train.")
+    if options.dim_from_weights and not options.network_weights:
+        raise OptionError("--dim_from_weights takes ranks from a file: add --network_weights FILE.")
+    given = [("--network_weights", options.network_weights)] if options.network_weights else []
+    given += [("--base_weights", file) for file in options.base_weights or ()]
+    for option, file in given:
+        if not Path(file).is_file():
+            raise OptionError(f"{option}: there is no file {file}.")
+    network_arguments(options.network_args)
+    return plugin.load(options.network_module)
+
+
+def network_arguments(pairs: Sequence[str] | None) -> dict[str, str]:
+    """Return --network_args by key: each is key=value, split at the first '='.
+
+    Raises: OptionError for one without '='.
+    """
+    arguments = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise OptionError(f'--network_args: "{pair}" is not of the form key=value.')
+        arguments[key.strip()] = value
+    return arguments
+
+
+def create(
+    module: ModuleType,
+    options: NetworkOptions,
+    learning_rate: float,
+    family: ModelFamily,
+    parts: Parts,
+    *,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+    device: torch.device,
+) -> NetworkTrainee:
+    """Return a network attached to the models, after --base_weights were merged into them.
+
+    Args:
+        module: from `check`.
+        options: the network group.
+        learning_rate: where unet_lr or text_encoder_lr say nothing.
+        family: names the modules that can be adapted.
+        parts: on the device.
+        dtypes: of the trained weights, and of those in files (None: as trained).
+        device: where to train.
+    """
+    models = plugin.Models(parts.text_encoders, parts.denoiser, parts.vae, tuple(family.lora_targets(parts)))
+    arguments = network_arguments(options.network_args)
+    _merge_base_weights(module, options, models)
+    if options.dim_from_weights and options.network_weights:
+        network, _ = plugin.create_from_weights(module, models, options.network_weights, arguments)
+    else:
+        network = plugin.create(
+            module, models, options.network_dim, options.network_alpha, options.network_dropout, arguments
+        )
+    is_unet_trained = not options.network_train_text_encoder_only
+    is_text_trained = not options.network_train_unet_only
+    plugin.apply(network, models, is_text_trained, is_unet_trained)
+    if options.network_weights:
+        outcome: Any = network.load_weights(options.network_weights)  # type: ignore[operator]
+        log.info("network weights: %s (%s)", options.network_weights, outcome)
+    network.to(device=device, dtype=dtypes[0])
+    plugin.prepare_gradients(network, models)
+    rates = options.text_encoder_lr if options.text_encoder_lr else (learning_rate,)
+    return NetworkTrainee(network, models, options, learning_rate, is_text_trained and any(rates), dtypes[1], device)
+
+
+def _merge_base_weights(module: ModuleType, options: NetworkOptions, models: plugin.Models) -> None:
+    multipliers = list(options.base_weights_multiplier or ())
+    for index, file in enumerate(options.base_weights or ()):
+        multiplier = multipliers[index] if index < len(multipliers) else 1.0
+        network, tensors = plugin.create_from_weights(module, models, file, {}, multiplier, for_inference=True)
+        plugin.merge(network, models, tensors, None)
+        log.info("merged %s into the base model, times %g", file, multiplier)
