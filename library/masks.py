@@ -20,13 +20,14 @@ CELL = 8  # pixels a side that one latent cell stands for, in every family
 FULL = CELL * CELL * 255  # the sum of a white cell
 
 Sums = npt.NDArray[np.uint16]  # (h, w), 0 .. FULL
+MaskKind = Literal["file", "alpha", "none"]
 
 
 @dataclass(frozen=True)
 class MaskSource:
     """Where an image's mask comes from: a file, the image's own alpha channel, or nowhere (weight 1)."""
 
-    kind: Literal["file", "alpha", "none"]
+    kind: MaskKind
     path: Path | None = None  # the mask file; only for kind "file"
 
 

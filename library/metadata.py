@@ -42,8 +42,6 @@ FROM_OPTIONS: Mapping[str, str] = {
     "ss_gradient_checkpointing": "training.gradient_checkpointing",
     "ss_mixed_precision": "training.mixed_precision",
     "ss_full_fp16": "training.full_fp16",
-    "ss_fp8_base": "training.fp8_base",
-    "ss_fp8_base_unet": "training.fp8_base_unet",
     "ss_cache_latents": "caching.cache_latents",
     "ss_max_token_length": "model.max_token_length",
     "ss_clip_skip": "model.clip_skip",
@@ -53,11 +51,6 @@ FROM_OPTIONS: Mapping[str, str] = {
     "ss_face_crop_aug_range": "dataset.face_crop_aug_range",
     "ss_prior_loss_weight": "dataset.prior_loss_weight",
     "ss_resize_interpolation": "dataset.resize_interpolation",
-    "ss_validation_seed": "validation.validation_seed",
-    "ss_validation_split": "validation.validation_split",
-    "ss_max_validation_steps": "validation.max_validation_steps",
-    "ss_validate_every_n_epochs": "validation.validate_every_n_epochs",
-    "ss_validate_every_n_steps": "validation.validate_every_n_steps",
     "ss_network_module": "network.network_module",
     "ss_network_dropout": "network.network_dropout",
     "ss_scale_weight_norms": "network.scale_weight_norms",
@@ -76,6 +69,15 @@ FROM_OPTIONS: Mapping[str, str] = {
     "ss_huber_scale": "loss.huber_scale",
     "ss_huber_c": "loss.huber_c",
     "ss_v2": "model.v2",
+}
+NOT_OFFERED: Mapping[str, Any] = {  # keys of options that this version refuses, with the value for "off"
+    "ss_fp8_base": False,
+    "ss_fp8_base_unet": False,
+    "ss_validation_seed": None,
+    "ss_validation_split": 0.0,
+    "ss_max_validation_steps": None,
+    "ss_validate_every_n_epochs": None,
+    "ss_validate_every_n_steps": None,
 }
 # only in runs without a dataset config: with one, these hold per dataset and stand in ss_datasets
 FROM_OPTIONS_WITHOUT_CONFIG: Mapping[str, str] = {
@@ -148,6 +150,7 @@ def training_metadata(options: Any, dataset: DatasetFacts, run: RunFacts) -> dic
         run: the run itself.
     """
     values: dict[str, Any] = {key: attrgetter(place)(options) for key, place in FROM_OPTIONS.items()}
+    values |= NOT_OFFERED
     values |= {
         "ss_session_id": run.session_id,
         "ss_training_started_at": run.started_at,

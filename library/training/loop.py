@@ -49,6 +49,7 @@ class Run:
     trackers: Trackers
     history: LossHistory
     reader: LossReader
+    is_stop_wanted: bool = False  # by any process
 
     @property
     def num_epochs(self) -> int:
@@ -85,7 +86,7 @@ def train(run: Run) -> bool:
     """
     losses: list[Tensor] = []
     names: list[str] = []
-    place, is_stopped = None, False
+    place = None
     if run.sampler is not None and run.sampler.is_due_at_start():
         sample(run, epoch=0, step=0)
     run.trainee.train()
@@ -102,15 +103,15 @@ def train(run: Run) -> bool:
             measured = StepLosses(
                 place.step, place.epoch, losses, tuple(names), run.learning_rates(), extras, stop.is_set
             )
-            is_stopped = report(run, run.reader.push(measured))
+            report(run, run.reader.push(measured))
             losses, names = [], []
             bar.update()
             bar.set_postfix(avr_loss=run.history.average, refresh=False)
-            if is_stopped:  # read with the losses, so that all processes stop after the same step
+            if run.is_stop_wanted:  # read with the losses, so that all processes stop after the same step
                 break
             after_step(run, place)
     report(run, run.reader.drain())
-    if is_stopped and place is not None and place.step < run.max_train_steps:
+    if run.is_stop_wanted and place is not None and place.step < run.max_train_steps:
         run.saver.save_interrupted(place.step, place.epoch)
         return False
     run.saver.save_final(run.max_train_steps, run.num_epochs)
@@ -170,11 +171,9 @@ def sample(run: Run, epoch: int | None, step: int) -> None:
     run.trackers.log_images(paths, step)
 
 
-def report(run: Run, records: Iterable[LossRecord]) -> bool:
-    """Take losses that have reached the host into the curve and the trackers; return whether to stop."""
-    is_stop_wanted = False
+def report(run: Run, records: Iterable[LossRecord]) -> None:
+    """Take losses that have reached the host into the curve and the trackers."""
     for record in records:
         run.history.add(record)
         run.trackers.log_step(record, run.history.average)
-        is_stop_wanted = is_stop_wanted or record.is_stop_wanted
-    return is_stop_wanted
+        run.is_stop_wanted = run.is_stop_wanted or record.is_stop_wanted

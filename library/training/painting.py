@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,15 +77,16 @@ class Painter:
         scheduler.set_timesteps(prompt.sample_steps, device=self.device)
         own_noise = {"generator": generator} if takes_generator(scheduler) else {}
         dtype = self.drawing.autocast_dtype
+        family = preview_family(self.family)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            tokens = self.family.tokenize(captions).to(self.device)
-            text = self.family.encode_text(self.parts, tokens)
+            tokens = shortest(family.tokenize(captions), family.tokenize([""])).to(self.device)
+            text = family.encode_text(self.parts, tokens)
             batch = _batch(captions, tokens, prompt).to(self.device)
             latents = torch.randn((1, space.channels, *size), generator=generator).to(self.device)
             latents = latents * scheduler.init_noise_sigma
             for timestep in scheduler.timesteps:
                 noisy = scheduler.scale_model_input(latents, timestep).expand(len(captions), -1, -1, -1)
-                output = self.family.predict(self.parts, noisy, timestep.expand(len(captions)), text, batch).float()
+                output = family.predict(self.parts, noisy, timestep.expand(len(captions)), text, batch).float()
                 if is_guided:
                     away, towards = output.chunk(2)
                     output = away + prompt.scale * (towards - away)
@@ -97,6 +98,27 @@ class Painter:
         dtype = next(self.parts.vae.parameters()).dtype
         decoded = self.parts.vae.decode(self.family.latent_space.denormalise(latents).to(dtype), return_dict=False)
         return decoded[0].float().cpu()
+
+
+def preview_family(family: ModelFamily) -> ModelFamily:
+    """Return the family with what previews always have: prompts of up to three windows, with (weights:1.2)."""
+    assert is_dataclass(family)
+    wanted = {"weighted_captions": True, "max_token_length": 225}
+    known = {entry.name for entry in fields(family)}
+    return replace(family, **{name: value for name, value in wanted.items() if name in known})
+
+
+def shortest(tokens: Tensor, empty: Tensor) -> Tensor:
+    """Return tokens (B, windows, ...) without the windows at the end that hold no text in any caption.
+
+    Args:
+        tokens: of the captions.
+        empty: (1, windows, ...): the tokens of an empty caption.
+    """
+    count = tokens.shape[1]
+    while count > 1 and bool((tokens[:, count - 1] == empty[:, count - 1]).all()):
+        count -= 1
+    return tokens[:, :count]
 
 
 def _batch(captions: Sequence[str], tokens: Tensor, prompt: SamplePrompt) -> Batch:

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from library.errors import OptionError
 from library.progress import progress
 from library.training.painting import Drawing, Painter
 from library.training.prompts import SamplePrompt, read_prompts
@@ -31,21 +30,15 @@ log = logging.getLogger(__name__)
 def check(options: SamplingOptions) -> list[SamplePrompt]:
     """Return the prompts to be drawn, none when no previews are asked for; to be called before anything slow.
 
-    Raises: OptionError when previews are asked for without prompts or with an unknown sampler, DataError for a prompt
-        file that cannot be read.
+    Raises: DataError for a prompt file that cannot be read, OptionError for an unknown sampler in it.
     """
-    asked = [
-        f"--{name}"
-        for name in ("sample_at_first", "sample_every_n_epochs", "sample_every_n_steps")
-        if (getattr(options, name) or 0) > 0
-    ]
-    if not asked:
-        if options.sample_prompts:
-            log.warning("--sample_prompts is given, but no --sample_every_n_epochs, _steps or --sample_at_first")
-        return []
     if not options.sample_prompts:
-        raise OptionError(f"{asked[0]} needs --sample_prompts FILE, the prompts of the preview pictures.")
-    check_sampler(options.sample_sampler)
+        return []
+    if not (options.sample_at_first or options.sample_every_n_epochs or options.sample_every_n_steps):
+        log.warning(
+            "--sample_prompts without --sample_at_first, --sample_every_n_epochs or --sample_every_n_steps: no samples"
+        )
+        return []
     prompts = read_prompts(Path(options.sample_prompts))
     for number, prompt in enumerate(prompts, start=1):
         if prompt.sample_sampler:
@@ -88,8 +81,8 @@ class Sampler:
         """
         index, count = share
         self.prompts = [(i, prompt) for i, prompt in enumerate(prompts) if i % count == index]
-        self.every_n_epochs = _interval(options.sample_every_n_epochs)
-        self.every_n_steps = _interval(options.sample_every_n_steps)
+        self.every_n_epochs = options.sample_every_n_epochs
+        self.every_n_steps = options.sample_every_n_steps
         self.at_first = options.sample_at_first
         self.sampler_name = options.sample_sampler
         self.folder = folder / "sample"
@@ -183,8 +176,3 @@ def _save(image: Image.Image, path: Path, prompt: SamplePrompt) -> None:
     info.add_itxt("parameters", f"{prompt.prompt}\nNegative prompt: {prompt.negative_prompt}\n{settings}{seed}")
     with whole_file(path) as partial:
         image.save(partial, pnginfo=info)
-
-
-def _interval(every: int | None) -> int | None:
-    """Return the interval, None where it is off; as sd-scripts: 0 and less switch it off."""
-    return every if every is not None and every > 0 else None

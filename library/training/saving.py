@@ -51,10 +51,6 @@ def check_output(options: SavingOptions) -> Path:
     name = options.output_name
     if name is not None and (not name.strip() or Path(name).name != name or "\\" in name):
         raise OptionError(f"--output_name must be a plain file name, got '{name}'. Put folders in --output_dir.")
-    for option in ("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_n_epoch_ratio"):
-        value = getattr(options, option)
-        if value is not None and value < 1:
-            raise OptionError(f"--{option} must be at least 1, got {value}. Leave it out to switch it off.")
     folder = Path(options.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from library.training import draws, interrupts
 from library.dataset.plan import Bucket, RunPlan
+from library.training import draws, interrupts
 from library.training.loop import Place, places
 
 
