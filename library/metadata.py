@@ -364,7 +364,8 @@ def _contents(
     yield memoryview(header), False
     for name, _ in order:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy()), True
+        content: Any = flat.view(torch.uint8).numpy()
+        yield memoryview(content), True
 
 
 def _file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:

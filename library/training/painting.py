@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -95,9 +95,11 @@ class Painter:
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Return the picture (1, 3, H, W) float32 on the CPU, about [-1, 1]; in the VAE's own precision."""
-        dtype = next(self.parts.vae.parameters()).dtype
-        decoded = self.parts.vae.decode(self.family.latent_space.denormalise(latents).to(dtype), return_dict=False)
-        return decoded[0].float().cpu()
+        vae: Any = self.parts.vae
+        dtype = next(vae.parameters()).dtype
+        decoded = vae.decode(self.family.latent_space.denormalise(latents).to(dtype), return_dict=False)
+        pixels: Tensor = decoded[0].float().cpu()
+        return pixels
 
 
 def preview_family(family: ModelFamily) -> ModelFamily:

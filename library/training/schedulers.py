@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
@@ -17,35 +18,48 @@ from library.errors import OptionError, did_you_mean
 LMS_ORDER = 4
 
 
-class LmsScheduler(EulerDiscreteScheduler):
+class LmsScheduler:
     """Linear multistep sampling over Euler's sigmas: past slopes are fitted by a polynomial, which is integrated.
 
     diffusers' own LMSDiscreteScheduler integrates numerically and needs scipy for it; the integral has a closed form.
     """
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """Choose the timesteps as Euler does, and forget the slopes of the picture before."""
-        super().set_timesteps(*args, **kwargs)
-        self.slopes: list[Tensor] = []
+    order = 1  # predictions a step, as diffusers means it
+
+    def __init__(self, **settings: Any) -> None:
+        """Take the settings of diffusers' EulerDiscreteScheduler."""
+        self.euler: Any = EulerDiscreteScheduler(**settings)
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Choose the timesteps and sigmas as Euler does, and begin a new picture."""
+        self.euler.set_timesteps(num_inference_steps, device=device)
+        self.timesteps: Tensor = self.euler.timesteps  # (T,), falling
+        self.sigmas: Tensor = self.euler.sigmas  # (T + 1,), ends in 0
+        self.init_noise_sigma: Tensor = self.euler.init_noise_sigma
+        self.index = 0
+        self.slopes: list[Tensor] = []  # d sample / d sigma at the last sigmas, oldest first
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Return the sample with the variance that the denoiser expects."""
+        scaled: Tensor = sample / (self.sigmas[self.index] ** 2 + 1) ** 0.5
+        return scaled
 
     def step(
-        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True, **kwargs: Any
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Return the sample at the next, smaller sigma, and the finished picture as it looks from here."""
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        index = self.step_index
-        sigma = self.sigmas[index]
-        if self.config.prediction_type == "v_prediction":
+        sigma = self.sigmas[self.index]
+        if self.euler.config.prediction_type == "v_prediction":
             finished = sample / (sigma**2 + 1) - model_output * sigma / (sigma**2 + 1) ** 0.5
         else:
             finished = sample - sigma * model_output
         self.slopes = [*self.slopes, (sample - finished) / sigma][-LMS_ORDER:]
-        order = len(self.slopes)
-        weights = lms_weights(self.sigmas[index - order + 1 : index + 2].double().numpy())
-        moved = sum((weight * slope for weight, slope in zip(weights, self.slopes, strict=True)), sample)
-        self._step_index += 1
-        return moved, finished
+        first = self.index + 1 - len(self.slopes)
+        weights = lms_weights(self.sigmas[first : self.index + 2].double().numpy())
+        for weight, slope in zip(weights, self.slopes, strict=True):
+            sample = sample + weight * slope
+        self.index += 1
+        return sample, finished
 
 
 def lms_weights(sigmas: np.ndarray) -> list[float]:
