@@ -1,0 +1,27 @@
+"""Options of the latent cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.options.declare import check_values, option, settle
+from library.options.values import Bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachingOptions:
+    """Whether images are encoded once, before training, and where the results are kept."""
+
+    cache_latents: bool = option(False, "Encode every image once, before training, instead of at each step.")
+    cache_latents_to_disk: bool = option(
+        False, "Keep the encoded images in files, for later runs too. Includes --cache_latents."
+    )
+    cache_dir: str | None = option(None, "Folder for the cache files. Unset: beside the images.", is_path=True)
+    skip_cache_check: bool = option(False, "Take cache files as valid without comparing them with their images.")
+    vae_batch_size: int = option(1, "Images per call of the VAE.", bounds=Bounds(min=1))
+
+    def __post_init__(self) -> None:
+        """Check the values; a cache on disk is a cache."""
+        check_values(self)
+        if self.cache_latents_to_disk:
+            settle(self, "cache_latents", True)

@@ -1,0 +1,116 @@
+"""What options of different groups demand of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from library.errors import OptionError
+from library.options.groups import Options
+
+
+def check_options(options: Options) -> list[str]:
+    """Return warnings about options that will have no effect, by name.
+
+    Raises: OptionError for what is missing or contradicts.
+    """
+    _check_required(options)
+    _check_loss(options)
+    return [
+        *_idle_data_options(options),
+        *_idle_training_options(options),
+        *_idle_saving_options(options),
+        *_idle_logging_options(options),
+    ]
+
+
+def _check_required(options: Options) -> None:
+    dataset = options.dataset
+    if dataset.dataset_config is None and dataset.train_data_dir is None:
+        raise OptionError("There is no dataset. Add --dataset_config=FILE or --train_data_dir=FOLDER.")
+    if dataset.dataset_config is None and dataset.resolution is None:
+        raise OptionError("--resolution is missing. Add the training size, like --resolution=512.")
+    if dataset.debug_dataset:
+        return
+    needed = (
+        ("pretrained_model_name_or_path", options.model.pretrained_model_name_or_path, "FILE, the base model"),
+        ("network_module", options.network.network_module, "networks.lora"),
+        ("output_dir", options.saving.output_dir, "FOLDER for what is saved"),
+    )
+    for name, value, example in needed:
+        if value is None:
+            raise OptionError(f"--{name} is missing. Add --{name}={example}.")
+
+
+def _check_loss(options: Options) -> None:
+    noise, loss, is_velocity = options.noise, options.loss, options.model.v_parameterization
+    if noise.adaptive_noise_scale and not noise.noise_offset:
+        raise OptionError("--adaptive_noise_scale changes --noise_offset, which is not given. Add it.")
+    if loss.scale_v_pred_loss_like_noise_pred and not is_velocity:
+        raise OptionError("--scale_v_pred_loss_like_noise_pred needs --v_parameterization, which is not given. Add it.")
+    if loss.v_pred_like_loss and is_velocity:
+        raise OptionError("--v_pred_like_loss is not for --v_parameterization. Leave one of them out.")
+
+
+def _idle_data_options(options: Options) -> Iterator[str]:
+    captions, caching, noise = options.captions, options.caching, options.noise
+    if options.model.v2 and options.model.clip_skip is not None:
+        yield "--clip_skip with --v2: Stable Diffusion 2.x is made for its last layer but one already"
+    if captions.token_warmup_min != 1 and not captions.token_warmup_step:
+        yield "--token_warmup_min has no effect without --token_warmup_step"
+    if caching.skip_cache_check and not caching.cache_latents_to_disk:
+        yield "--skip_cache_check has no effect without --cache_latents_to_disk"
+    if caching.cache_dir is not None and not caching.cache_latents_to_disk:
+        yield "--cache_dir has no effect without --cache_latents_to_disk"
+    if noise.noise_offset_random_strength and not noise.noise_offset:
+        yield "--noise_offset_random_strength has no effect without --noise_offset"
+    if noise.ip_noise_gamma_random_strength and not noise.ip_noise_gamma:
+        yield "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"
+    if noise.multires_noise_discount != 0.3 and not noise.multires_noise_iterations:
+        yield "--multires_noise_discount has no effect without --multires_noise_iterations"
+
+
+def _idle_training_options(options: Options) -> Iterator[str]:
+    training, network, loss = options.training, options.network, options.loss
+    if training.max_train_epochs is not None and training.max_train_steps != 1600:
+        yield "--max_train_steps has no effect: --max_train_epochs decides"
+    if training.xformers and training.sdpa:
+        yield "--sdpa has no effect: --xformers comes first"
+    if training.dynamo_backend not in ("inductor", "no") and not training.torch_compile:
+        yield "--dynamo_backend has no effect without --torch_compile"
+    if network.network_train_unet_only and network.text_encoder_lr is not None:
+        yield "--text_encoder_lr has no effect: --network_train_unet_only leaves the text encoder as it is"
+    if network.network_train_text_encoder_only and network.unet_lr is not None:
+        yield "--unet_lr has no effect: --network_train_text_encoder_only leaves the U-Net as it is"
+    if loss.loss_type in ("l1", "l2") and (loss.huber_c, loss.huber_scale, loss.huber_schedule) != (0.1, 1.0, "snr"):
+        yield f"--huber_schedule, --huber_c and --huber_scale have no effect with --loss_type {loss.loss_type}"
+
+
+def _idle_saving_options(options: Options) -> Iterator[str]:
+    saving, sampling = options.saving, options.sampling
+    if saving.save_n_epoch_ratio and saving.save_every_n_epochs:
+        yield "--save_every_n_epochs has no effect: --save_n_epoch_ratio decides"
+    if saving.save_last_n_epochs and not saving.save_every_n_epochs and not saving.save_n_epoch_ratio:
+        yield "--save_last_n_epochs has no effect without --save_every_n_epochs"
+    if saving.save_last_n_steps and not saving.save_every_n_steps:
+        yield "--save_last_n_steps has no effect without --save_every_n_steps"
+    if sampling.sample_every_n_epochs and sampling.sample_every_n_steps:
+        yield "--sample_every_n_steps has no effect: --sample_every_n_epochs decides"
+    is_sampling = sampling.sample_at_first or sampling.sample_every_n_epochs or sampling.sample_every_n_steps
+    if sampling.sample_prompts is not None and not is_sampling:
+        yield "--sample_prompts has no effect without --sample_every_n_steps or --sample_every_n_epochs"
+
+
+def _idle_logging_options(options: Options) -> Iterator[str]:
+    logging = options.logging
+    has_wandb = logging.log_with in ("wandb", "all")
+    if logging.log_with is None and not logging.logging_dir:
+        for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config"):
+            if getattr(logging, name):
+                yield f"--{name} has no effect without --logging_dir or --log_with"
+    for name in ("wandb_run_name", "wandb_api_key"):
+        if getattr(logging, name) and not has_wandb:
+            yield f"--{name} has no effect without --log_with wandb"
+    if logging.log_tracker_config and logging.wandb_run_name and has_wandb:
+        yield "--wandb_run_name has no effect: --log_tracker_config replaces it"
+    if logging.console_log_simple and logging.console_log_file:
+        yield "--console_log_simple has no effect: messages go to --console_log_file"

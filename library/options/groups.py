@@ -1,0 +1,88 @@
+"""All options of a run, group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.options.caching import CachingOptions
+from library.options.captions import CaptionOptions
+from library.options.dataset import DatasetOptions
+from library.options.declare import build, declared
+from library.options.logging import LoggingOptions
+from library.options.loss import LossOptions
+from library.options.masks import MaskOptions
+from library.options.metadata import MetadataOptions
+from library.options.model import ModelOptions
+from library.options.network import NetworkOptions
+from library.options.noise import NoiseOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.sampling import SamplingOptions
+from library.options.saving import SavingOptions
+from library.options.schedule import ScheduleOptions
+from library.options.training import TrainingOptions
+from library.options.values import Declared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a run was asked to do. A part of the project takes the group or the values it uses, not all of it."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    captions: CaptionOptions = field(default_factory=CaptionOptions)
+    caching: CachingOptions = field(default_factory=CachingOptions)
+    masks: MaskOptions = field(default_factory=MaskOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    saving: SavingOptions = field(default_factory=SavingOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+    metadata: MetadataOptions = field(default_factory=MetadataOptions)
+
+
+GROUPS: Mapping[str, type] = {
+    "model": ModelOptions,
+    "dataset": DatasetOptions,
+    "captions": CaptionOptions,
+    "caching": CachingOptions,
+    "masks": MaskOptions,
+    "noise": NoiseOptions,
+    "loss": LossOptions,
+    "network": NetworkOptions,
+    "optimizer": OptimizerOptions,
+    "schedule": ScheduleOptions,
+    "training": TrainingOptions,
+    "saving": SavingOptions,
+    "sampling": SamplingOptions,
+    "logging": LoggingOptions,
+    "metadata": MetadataOptions,
+}
+
+
+def all_declared() -> dict[str, Declared]:
+    """Return every option that has a reader, by name, in the order of the groups."""
+    return {each.name: each for group in GROUPS.values() for each in declared(group)}
+
+
+def build_all(values: Mapping[str, Any]) -> Options:
+    """Return the options from converted values by name; what is not there has its default.
+
+    Raises: OptionError for values of one group that contradict each other.
+    """
+    return Options(**{name: build(group, values) for name, group in GROUPS.items()})
+
+
+def public_values(options: Options) -> dict[str, Any]:
+    """Return what may be shown to others, by option name: everything but secrets and paths."""
+    return {
+        each.name: getattr(getattr(options, name), each.name)
+        for name, group in GROUPS.items()
+        for each in declared(group)
+        if not each.is_secret and not each.is_path
+    }

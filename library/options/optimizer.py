@@ -1,0 +1,40 @@
+"""Options of the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.errors import OptionError
+from library.options.declare import check_pairs, check_values, option, settle
+from library.options.values import Bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """What turns gradients into steps."""
+
+    optimizer_type: str = option("", "Name of the optimizer, like AdamW or AdamW8bit. Unset: AdamW.")
+    optimizer_args: tuple[str, ...] | None = option(
+        None, "key=value settings of the optimizer, like weight_decay=0.01 betas=0.9,0.99."
+    )
+    learning_rate: float = option(2e-6, "Learning rate of all that has none of its own.", bounds=Bounds(min=0))
+    max_grad_norm: float = option(1.0, "Clip the gradient to this norm. 0 is off.", bounds=Bounds(min=0))
+    use_8bit_adam: bool = option(False, "Old spelling of --optimizer_type AdamW8bit.")
+    use_lion_optimizer: bool = option(False, "Old spelling of --optimizer_type Lion.")
+
+    def __post_init__(self) -> None:
+        """Check the values; an old spelling becomes the optimizer's name."""
+        check_values(self)
+        check_pairs(self.optimizer_args, "--optimizer_args")
+        old_spellings = {
+            "--use_8bit_adam": "AdamW8bit" if self.use_8bit_adam else "",
+            "--use_lion_optimizer": "Lion" if self.use_lion_optimizer else "",
+        }
+        for flag, name in old_spellings.items():
+            if not name:
+                continue
+            if self.optimizer_type and self.optimizer_type.lower() != name.lower():
+                raise OptionError(
+                    f"{flag} means {name}, but {self.optimizer_type} is chosen too. Leave one of them out."
+                )
+            settle(self, "optimizer_type", name)

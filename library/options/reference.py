@@ -1,0 +1,124 @@
+"""Options of sd-scripts that are understood but not carried out: refused, ignored, or of another script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from library.options.values import Declared
+
+_DATA = "images are described by --dataset_config or --train_data_dir, with captions in files beside them"
+_STATE = "training state is not written or read by this version"
+_START = "a run starts at its first step in this version"
+_HUB = "files are not uploaded by this version; upload the saved file afterwards"
+_VALIDATION = "the loss on held-out images is not computed by this version"
+_DEEPSPEED = "DeepSpeed is not supported by this version; accelerate's data parallelism is"
+_FP8 = "frozen weights are kept in the format of --mixed_precision; float8 is not supported by this version"
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """An option that has no reader here, and why."""
+
+    name: str
+    element: type
+    default: Any
+    reason: str
+
+    @property
+    def declared(self) -> Declared:
+        """The option as the parser sees it."""
+        is_optional = self.default is None
+        return Declared(self.name, self.element, self.default, self.reason, is_optional=is_optional)
+
+
+# Given with another value than its default, such an option is an error.
+REFUSED = (
+    Elsewhere("dataset_class", str, None, f"a dataset class of one's own cannot be plugged in; {_DATA}"),
+    Elsewhere("in_json", str, None, f"metadata files are not read by this version; {_DATA}"),
+    Elsewhere("resume", str, None, _STATE),
+    Elsewhere("save_state", bool, False, _STATE),
+    Elsewhere("save_state_on_train_end", bool, False, _STATE),
+    Elsewhere("save_last_n_epochs_state", int, None, _STATE),
+    Elsewhere("save_last_n_steps_state", int, None, _STATE),
+    Elsewhere("initial_epoch", int, None, _START),
+    Elsewhere("initial_step", int, None, _START),
+    Elsewhere("skip_until_initial_step", bool, False, _START),
+    Elsewhere("huggingface_repo_id", str, None, _HUB),
+    Elsewhere("huggingface_repo_type", str, None, _HUB),
+    Elsewhere("huggingface_path_in_repo", str, None, _HUB),
+    Elsewhere("huggingface_token", str, None, _HUB),
+    Elsewhere("huggingface_repo_visibility", str, None, _HUB),
+    Elsewhere("save_state_to_huggingface", bool, False, _HUB),
+    Elsewhere("resume_from_huggingface", bool, False, _HUB),
+    Elsewhere("async_upload", bool, False, _HUB),
+    Elsewhere("validation_split", float, 0.0, _VALIDATION),
+    Elsewhere("validation_seed", int, None, _VALIDATION),
+    Elsewhere("validate_every_n_steps", int, None, _VALIDATION),
+    Elsewhere("validate_every_n_epochs", int, None, _VALIDATION),
+    Elsewhere("max_validation_steps", int, None, _VALIDATION),
+    Elsewhere("deepspeed", bool, False, _DEEPSPEED),
+    Elsewhere("zero_stage", int, 2, _DEEPSPEED),
+    Elsewhere("offload_optimizer_device", str, None, _DEEPSPEED),
+    Elsewhere("offload_optimizer_nvme_path", str, None, _DEEPSPEED),
+    Elsewhere("offload_param_device", str, None, _DEEPSPEED),
+    Elsewhere("offload_param_nvme_path", str, None, _DEEPSPEED),
+    Elsewhere("zero3_init_flag", bool, False, _DEEPSPEED),
+    Elsewhere("zero3_save_16bit_model", bool, False, _DEEPSPEED),
+    Elsewhere("fp16_master_weights_and_gradients", bool, False, _DEEPSPEED),
+    Elsewhere("fp8_base", bool, False, _FP8),
+    Elsewhere("fp8_base_unet", bool, False, _FP8),
+    Elsewhere("fused_backward_pass", bool, False, "no optimizer here steps during the backward pass"),
+    Elsewhere(
+        "cpu_offload_checkpointing",
+        bool,
+        False,
+        "activations are not moved to main memory; use --gradient_checkpointing alone",
+    ),
+)  # fmt: skip
+
+# Given with another value than its default, such an option is a warning.
+IGNORED = (
+    Elsewhere("persistent_data_loader_workers", bool, False, "loader processes always stay alive between epochs"),
+    Elsewhere("highvram", bool, False, "GPU memory is never given back between batches, which is what it asks for"),
+    Elsewhere("mem_eff_attn", bool, False, "torch's scaled_dot_product_attention is used, which spares memory too"),
+)
+
+# Keys that graphical front ends write into config files, though no script has such an option.
+FRONT_END_KEYS = frozenset({"epoch", "noise_offset_type"})
+
+_SD3, _SDXL_AND_SD3, _DB = ("sd3_train_network",), ("sdxl_train_network", "sd3_train_network"), ("train_db",)
+
+# Options of the other scripts -> which scripts, and whether a value follows.
+OTHER_SCRIPTS: Mapping[str, tuple[tuple[str, ...], bool]] = {
+    "cache_text_encoder_outputs": (_SDXL_AND_SD3, False),
+    "cache_text_encoder_outputs_to_disk": (_SDXL_AND_SD3, False),
+    "disable_mmap_load_safetensors": (_SDXL_AND_SD3, False),
+    "text_encoder_batch_size": (_SD3, True),
+    "weighting_scheme": (_SD3, True),
+    "logit_mean": (_SD3, True),
+    "logit_std": (_SD3, True),
+    "mode_scale": (_SD3, True),
+    "blocks_to_swap": (_SD3, True),
+    "clip_l": (_SD3, True),
+    "clip_g": (_SD3, True),
+    "t5xxl": (_SD3, True),
+    "save_clip": (_SD3, False),
+    "save_t5xxl": (_SD3, False),
+    "t5xxl_device": (_SD3, True),
+    "t5xxl_dtype": (_SD3, True),
+    "t5xxl_max_token_length": (_SD3, True),
+    "apply_lg_attn_mask": (_SD3, False),
+    "apply_t5_attn_mask": (_SD3, False),
+    "clip_l_dropout_rate": (_SD3, True),
+    "clip_g_dropout_rate": (_SD3, True),
+    "t5_dropout_rate": (_SD3, True),
+    "pos_emb_random_crop_rate": (_SD3, True),
+    "enable_scaled_pos_embed": (_SD3, False),
+    "training_shift": (_SD3, True),
+    "use_safetensors": (_DB, False),
+    "learning_rate_te": (_DB, True),
+    "no_token_padding": (_DB, False),
+    "stop_text_encoder_training": (_DB, True),
+}

@@ -1,0 +1,49 @@
+"""Options of what is written, when, and under which names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.options.declare import check_values, option, settle
+from library.options.values import Bounds
+
+INTERVALS = (
+    "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingOptions:
+    """Files that a run leaves behind."""
+
+    output_dir: str | None = option(None, "Folder for all that is written; made when missing.", is_path=True)
+    output_name: str | None = option(None, "Name of saved files without ending. Unset: epoch, at and last.")
+    save_precision: str | None = option(
+        None, "Number format of saved weights; unset keeps the trained one.", choices=("float", "fp16", "bf16")
+    )
+    save_model_as: str = option(
+        "safetensors",
+        "File type of saved weights; only safetensors holds metadata.",
+        choices=("ckpt", "pt", "safetensors"),
+    )
+    save_every_n_epochs: int | None = option(None, "Save after every N-th epoch. 0 is off.", bounds=Bounds(min=0))
+    save_every_n_steps: int | None = option(None, "Save after every N-th step. 0 is off.", bounds=Bounds(min=0))
+    save_n_epoch_ratio: int | None = option(
+        None, "Save about this many times in the run, at ends of epochs. 0 is off.", bounds=Bounds(min=0)
+    )
+    save_last_n_epochs: int | None = option(
+        None, "Of the files saved after epochs, keep those of the last N saves. 0 keeps all.", bounds=Bounds(min=0)
+    )
+    save_last_n_steps: int | None = option(
+        None, "Of the files saved after steps, keep those of the last N steps. 0 keeps all.", bounds=Bounds(min=0)
+    )
+    no_metadata: bool = option(False, "Leave out of saved files how they were trained.")
+    training_comment: str | None = option(None, "Text for the metadata of saved files (ss_training_comment).")
+    report: bool = option(False, "Write a report of the run as one HTML file beside the model.")
+
+    def __post_init__(self) -> None:
+        """Check the values; an interval of 0 is none."""
+        check_values(self)
+        for name in INTERVALS:
+            if getattr(self, name) == 0:
+                settle(self, name, None)

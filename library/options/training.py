@@ -1,0 +1,65 @@
+"""Options of the run: its length, its number formats, its processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.errors import OptionError
+from library.options.declare import check_values, option
+from library.options.values import Bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How long and in which way training runs."""
+
+    max_train_steps: int = option(1600, "Number of optimizer steps.", bounds=Bounds(min=1))
+    max_train_epochs: int | None = option(
+        None, "Number of epochs; decides instead of --max_train_steps.", bounds=Bounds(min=1)
+    )
+    seed: int | None = option(
+        None, "Seed of every random draw; unset: a random one, which is recorded.", bounds=Bounds(min=0, max=2**32 - 1)
+    )
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients are added up for one optimizer step.", bounds=Bounds(min=1)
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations twice instead of keeping them: less memory, slower."
+    )
+    max_data_loader_n_workers: int = option(
+        8, "Processes that load images, at most one per CPU core; 0 loads in the main process.", bounds=Bounds(min=0)
+    )
+    mixed_precision: str = option(
+        "no", "Number format of the frozen weights and of most of the arithmetic.", choices=("no", "fp16", "bf16")
+    )
+    full_fp16: bool = option(False, "Keep the trained weights in fp16 too. Needs --mixed_precision fp16.")
+    full_bf16: bool = option(False, "Keep the trained weights in bf16 too. Needs --mixed_precision bf16.")
+    sdpa: bool = option(False, "Use torch's scaled_dot_product_attention.")
+    xformers: bool = option(False, "Use the attention of the xformers package; comes before --sdpa.")
+    torch_compile: bool = option(False, "Compile the models with torch.compile.")
+    dynamo_backend: str = option(
+        "inductor",
+        "Backend of --torch_compile.",
+        choices=(
+            "no", "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
+            "onnxrt", "tensort", "ipex", "tvm",
+        ),
+    )  # fmt: skip
+    ddp_timeout: int | None = option(
+        None, "Minutes that the processes of one run wait for each other; unset: torch's default.", bounds=Bounds(min=1)
+    )
+    ddp_gradient_as_bucket_view: bool = option(
+        False, "Let gradients be views of the buffers that several processes exchange: less memory."
+    )
+    ddp_static_graph: bool = option(False, "Promise that each step of several processes uses the same weights.")
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_values(self)
+        for is_full, name in ((self.full_fp16, "fp16"), (self.full_bf16, "bf16")):
+            if is_full and self.mixed_precision != name:
+                raise OptionError(
+                    f"--full_{name} needs --mixed_precision {name}, got {self.mixed_precision}. Change one of them."
+                )
+        if self.torch_compile and self.dynamo_backend == "no":
+            raise OptionError("--torch_compile with --dynamo_backend no compiles nothing. Leave one of them out.")
