@@ -20,7 +20,7 @@ from library.errors import DataError
 from library.masks import MaskSource, Sums, shrink, to_array
 
 if TYPE_CHECKING:
-    from library.dataset.plan import Sample
+    from library.dataset.scan import Sample
 
 ORIENTATION = 0x0112  # the EXIF tag
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -1,0 +1,312 @@
+"""One cache entry per image and bucket: latents and mask in a safetensors file, and what they were made from.
+
+The header's metadata holds a fingerprint. An entry is used only if it is what this run would make; what is stale is
+told apart, because a changed mask needs no encoding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from io import FileIO
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from library.errors import DataError
+from library.masks import MaskKind, MaskSource, Sums
+
+SUFFIX = ".safetensors"
+FORMAT = 1  # raised when the same fingerprint would mean other contents
+MAX_HEADER_BYTES = 1 << 16  # a header is under 1 kB; more is not ours
+ABANDONED_S = 3600.0
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+)
+
+
+@dataclass(frozen=True)
+class CachedLatents:
+    """What an entry gives to training."""
+
+    latents: Tensor  # (C, h, w) VAE sample, not yet scaled, in the VAE's working dtype
+    flipped: Tensor | None  # (C, h, w) of the mirrored image; None without flip_aug
+    mask: Sums | None  # (h, w) uint16, see masks.shrink; None: every cell weighs 1
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A file that an entry was made from: time and size are looked at first, the content only if they differ."""
+
+    path: str
+    mtime_ns: int
+    num_bytes: int
+    digest: str  # of the content
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All that an entry depends on."""
+
+    image: Stamp
+    transform: str
+    vae: str
+    dtype: str
+    mask_kind: MaskKind
+    mask: Stamp | None  # the mask file; an alpha channel stands with its image
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What this run needs of an entry, known without opening a file."""
+
+    image: Path
+    mask: MaskSource
+    transform: str  # resize and cut in words; any two that differ give other pixels
+    vae: str
+    dtype: torch.dtype
+    needs_flipped: bool
+
+
+class State(Enum):
+    """What is to be done about an entry."""
+
+    FRESH = "used as it is"
+    MASK_STALE = "gets a new mask"
+    STALE = "is encoded again"
+    MISSING = "is made"
+    DAMAGED = "cannot be read and is made again"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The state of an entry, and the fingerprint it has or will keep where its latents stay."""
+
+    state: State
+    fingerprint: Fingerprint | None = None
+    is_restamped: bool = False  # same contents under another time or name: worth noting for the next start
+
+
+class DamagedEntryError(Exception):
+    """The file is not a whole cache entry."""
+
+
+def entry_path(image: Path, bucket: tuple[int, int], family: str, cache_dir: Path | None, variant: int = 0) -> Path:
+    """Return where the entry of an image in a bucket stands: beside the image, or in a folder of its own in cache_dir.
+
+    Args:
+        image: the image file; its extension stays in the name, so that a.png and a.webp do not share an entry.
+        bucket: width and height.
+        family: "sd": latents of different families do not meet.
+        cache_dir: None for beside the image.
+        variant: counts the further uses of an image in the same bucket with another cut or mask in one run.
+    """
+    name = f"{image.name}_{bucket[0]}x{bucket[1]}_{family}{f'~{variant}' if variant else ''}{SUFFIX}"
+    if cache_dir is None:
+        return image.parent / name
+    folder = image.parent.resolve()  # folders of the same name are told apart by the whole path
+    tag = hashlib.blake2b(folder.as_posix().encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+    return cache_dir / f"{folder.name or 'root'}-{tag}" / name
+
+
+def content_digest(data: bytes) -> str:
+    """Return what identifies a file's content: 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def read_stamped(path: Path) -> tuple[bytes, Stamp]:
+    """Return a file's content and its stamp. Raises: DataError naming the file."""
+    try:
+        status = path.stat()
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    return data, Stamp(str(path.absolute()), status.st_mtime_ns, len(data), content_digest(data))
+
+
+def judge(path: Path, wanted: Wanted) -> Verdict:
+    """Return the state of the entry at path, for what is wanted. Raises: DataError if the image or mask is gone."""
+    if not path.exists():
+        return Verdict(State.MISSING)
+    try:
+        tensors, fingerprint = _read_fingerprint(path)
+    except (DamagedEntryError, OSError):
+        return Verdict(State.DAMAGED)
+    made_like = (fingerprint.transform, fingerprint.vae, fingerprint.dtype, fingerprint.format)
+    if made_like != (wanted.transform, wanted.vae, dtype_name(wanted.dtype), FORMAT):
+        return Verdict(State.STALE)
+    if wanted.needs_flipped and "latents_flipped" not in tensors:
+        return Verdict(State.STALE)
+    image = _restamped(fingerprint.image, wanted.image)
+    if image is None:
+        return Verdict(State.STALE)
+    kept = replace(fingerprint, image=image)
+    if wanted.mask.kind != fingerprint.mask_kind:
+        return Verdict(State.MASK_STALE, kept)
+    if wanted.mask.path is not None:
+        mask = None if fingerprint.mask is None else _restamped(fingerprint.mask, wanted.mask.path)
+        if mask is None:
+            return Verdict(State.MASK_STALE, kept)
+        kept = replace(kept, mask=mask)
+    return Verdict(State.FRESH, kept, is_restamped=kept != fingerprint)
+
+
+def _restamped(stamp: Stamp, path: Path) -> Stamp | None:
+    """Return the stamp of path if it holds what was stamped, perhaps under another time or name; else None."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    seen = (str(path.absolute()), status.st_mtime_ns, status.st_size)
+    if seen == (stamp.path, stamp.mtime_ns, stamp.num_bytes):
+        return stamp
+    if status.st_size != stamp.num_bytes:
+        return None
+    _, now = read_stamped(path)
+    return now if now.digest == stamp.digest else None
+
+
+def write(path: Path, cached: CachedLatents, fingerprint: Fingerprint) -> None:
+    """Write an entry whole or not at all: under a temporary name in the same folder, then renamed.
+
+    Raises: DataError if the folder cannot be written.
+    """
+    tensors = {"latents": cached.latents.contiguous()}
+    if cached.flipped is not None:
+        tensors["latents_flipped"] = cached.flipped.contiguous()
+    if cached.mask is not None:
+        tensors["mask"] = torch.from_numpy(np.ascontiguousarray(cached.mask))
+    metadata = {"fingerprint": json.dumps(asdict(fingerprint)), "mask_kind": fingerprint.mask_kind}
+    data = safetensors.torch.save(tensors, metadata)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the cache entry cannot be written ({error.strerror or error}). "
+            "Name a folder for the cache with --cache_dir."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what runs that were killed left half written in a folder, an hour ago or more."""
+    for left in folder.glob(f"*{SUFFIX}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                left.unlink()
+
+
+def read(path: Path, *, flip: bool, mask_kind: MaskKind) -> tuple[Tensor, Sums | None]:
+    """Return an entry's latents (C, h, w), of the mirrored image if flip, and its mask (h, w), not mirrored.
+
+    Only what is asked for is read. No mask, or mask_kind "none": every cell weighs 1.
+
+    Raises: DataError if the file is missing or damaged, or was made without the kind of mask that is wanted.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            tensors, metadata, start = _parse_header(file)
+            name = "latents_flipped" if flip else "latents"
+            if name not in tensors:
+                raise DamagedEntryError(f"it holds no {name}")
+            latents = _read_latents(file, start, tensors[name])
+            if mask_kind == "none":
+                return latents, None
+            if metadata["mask_kind"] != mask_kind:
+                raise DamagedEntryError(f"its mask is from '{metadata['mask_kind']}', wanted is '{mask_kind}'")
+            return latents, _read_mask(file, start, tensors["mask"]) if "mask" in tensors else None
+    except (DamagedEntryError, OSError) as error:
+        raise DataError(
+            f"{path}: the cache entry cannot be used ({error}). Start again without --skip_cache_check."
+        ) from error
+
+
+def read_latents(path: Path) -> CachedLatents:
+    """Return all of an entry but its mask. Raises: DataError if the file is missing or damaged."""
+    latents, _ = read(path, flip=False, mask_kind="none")
+    with path.open("rb", buffering=0) as file:
+        has_flipped = "latents_flipped" in _parse_header(file)[0]
+    return CachedLatents(latents, read(path, flip=True, mask_kind="none")[0] if has_flipped else None, None)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the format's name of a latents' dtype: F32, F16 or BF16."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+Tensors = dict[str, dict[str, Any]]  # the header's entries: dtype, shape, data_offsets
+
+
+def _parse_header(file: FileIO) -> tuple[Tensors, dict[str, str], int]:
+    """Return the tensors' places, the metadata, and where the data starts."""
+    head = file.read(4096)  # longer than most of our headers: one call instead of two
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or length > MAX_HEADER_BYTES:
+        raise DamagedEntryError("not a safetensors file")
+    while len(head) < 8 + length:
+        more = file.read(8 + length - len(head))
+        if not more:
+            raise DamagedEntryError("cut short")
+        head += more
+    try:
+        tensors: Tensors = json.loads(head[8 : 8 + length])
+        metadata = tensors.pop("__metadata__")
+        is_known = tensors["latents"]["dtype"] in DTYPES and {"fingerprint", "mask_kind"} <= metadata.keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedEntryError("not an entry of the latent cache") from error
+    if not is_known:
+        raise DamagedEntryError("not an entry of the latent cache")
+    return tensors, metadata, 8 + length
+
+
+def _read_fingerprint(path: Path) -> tuple[Tensors, Fingerprint]:
+    """Return an entry's tensors and fingerprint; the file must have all its bytes. Raises: DamagedEntryError."""
+    with path.open("rb", buffering=0) as file:
+        tensors, metadata, start = _parse_header(file)
+    try:
+        values = json.loads(metadata["fingerprint"])
+        image = Stamp(**values.pop("image"))
+        mask = values.pop("mask")
+        fingerprint = Fingerprint(image=image, mask=None if mask is None else Stamp(**mask), **values)
+        end = start + max(entry["data_offsets"][1] for entry in tensors.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedEntryError("not an entry of the latent cache") from error
+    if end != path.stat().st_size:
+        raise DamagedEntryError("cut short")
+    return tensors, fingerprint
+
+
+def _read_bytes(file: FileIO, start: int, entry: dict[str, Any]) -> bytearray:
+    begin, end = entry["data_offsets"]
+    data = bytearray(end - begin)
+    file.seek(start + begin)
+    if file.readinto(data) != len(data):
+        raise DamagedEntryError("cut short")
+    return data
+
+
+def _read_latents(file: FileIO, start: int, entry: dict[str, Any]) -> Tensor:
+    data = _read_bytes(file, start, entry)
+    return torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _read_mask(file: FileIO, start: int, entry: dict[str, Any]) -> Sums:
+    data = _read_bytes(file, start, entry)
+    return np.frombuffer(data, dtype="<u2").reshape(entry["shape"])

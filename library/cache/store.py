@@ -1,0 +1,54 @@
+"""Latents and masks at hand: from entries on disk or from memory, behind one face."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from library.cache import latents as entries
+from library.cache.latents import CachedLatents
+from library.masks import MaskKind, Sums
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the latents of one image in one bucket are."""
+
+    place: Path | CachedLatents
+    mask_kind: MaskKind  # what this run masks it with; a mask that an entry happens to hold does not count
+
+
+class LatentStore:
+    """The latents of a run, by the index of the sample."""
+
+    def __init__(self, stored: Sequence[Stored]) -> None:
+        self._stored = tuple(stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether latents are kept in this process: loading them in others would copy them."""
+        return any(isinstance(stored.place, CachedLatents) for stored in self._stored)
+
+    def get(self, index: int, *, flip: bool) -> tuple[Tensor, Sums | None]:
+        """Return the latents (C, h, w) and the mask (h, w) of a sample, both mirrored if flip; no mask: 1 everywhere.
+
+        Raises: DataError if an entry on disk is gone or damaged.
+        """
+        stored = self._stored[index]
+        if isinstance(stored.place, Path):
+            latents, mask = entries.read(stored.place, flip=flip, mask_kind=stored.mask_kind)
+        else:
+            mask = stored.place.mask
+            chosen = stored.place.flipped if flip else stored.place.latents
+            assert chosen is not None, "flip_aug is known when the store is built"
+            latents = chosen
+        if flip and mask is not None:
+            mask = np.ascontiguousarray(mask[:, ::-1])
+        return latents, mask

@@ -1,0 +1,231 @@
+"""Samples and the latent cache: which entry each sample uses, what is stale, and the store that training reads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from library.cache import fill, latents
+from library.cache.fill import Encoder, Request, Source, ahead, default_num_threads
+from library.cache.latents import CachedLatents, Fingerprint, Stamp, State, Verdict, Wanted, dtype_name
+from library.cache.store import LatentStore, Stored
+from library.dataset import geometry, images
+from library.dataset.config import DatasetConfig
+from library.dataset.geometry import Transform
+from library.dataset.scan import Sample
+from library.errors import DataError, OptionError
+from library.masks import MaskSource, Sums, shrink
+from library.progress import progress
+
+log = logging.getLogger(__name__)
+
+Key = tuple[Path, Transform, MaskSource]  # samples that agree in these share an entry
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """What all entries of a run have in common."""
+
+    family: str  # "sd": part of the file names
+    vae: str  # identity of the VAE's weights: another one makes every entry stale
+    dtype: torch.dtype  # the VAE's working dtype
+    device: torch.device
+    batch_size: int = 1  # images per call of the encoder
+    to_disk: bool = False
+    cache_dir: Path | None = None  # None: entries stand beside their images
+    skip_check: bool = False  # take entries that exist as valid
+    process_index: int = 0
+    num_processes: int = 1
+
+
+def refuse_uncacheable(configs: Iterable[DatasetConfig]) -> None:
+    """Raise OptionError if a subset wants pixels to differ from draw to draw; for use with --cache_latents."""
+    for config in configs:
+        for subset in config.subsets:
+            for name in ("color_aug", "random_crop"):
+                if getattr(subset, name):
+                    raise OptionError(
+                        f"--cache_latents: {name} is on for {subset.image_dir}, but cached latents cannot change from "
+                        f"draw to draw. Leave out one of the two."
+                    )
+            if subset.face_crop_aug_range is not None:
+                log.warning("%s: face_crop_aug_range has no effect with --cache_latents", subset.image_dir)
+
+
+def build_store(
+    samples: Sequence[Sample], settings: LatentSettings, encode: Encoder, *, wait: Callable[[], None] = lambda: None
+) -> LatentStore:
+    """Return the latents and masks of all samples, encoding only what is missing or stale.
+
+    Args:
+        samples: the store's indices are theirs.
+        settings: what all entries have in common.
+        encode: see cache.fill.Encoder.
+        wait: blocks until every process has called it; entry i is made by process i modulo their number.
+
+    Raises: DataError, see cache.fill.fill.
+    """
+    keys = [_key(sample) for sample in samples]
+    flips: dict[Key, bool] = defaultdict(bool)
+    for sample, key in zip(samples, keys, strict=True):
+        flips[key] |= sample.subset.flip_aug
+    if not settings.to_disk:
+        made: dict[Key, CachedLatents] = {}
+        _encode(list(flips), flips, settings, encode, lambda key, cached, _: made.__setitem__(key, cached))
+        log.info("latents: %d images encoded and kept in memory", len(made))
+        return LatentStore([Stored(made[key], key[2].kind) for key in keys])
+    places = _places(list(flips), settings)
+    _update(places, flips, settings, encode, wait)
+    return LatentStore([Stored(places[key], key[2].kind) for key in keys])
+
+
+def _key(sample: Sample) -> Key:
+    return sample.path, replace(sample.transform, flip=False), sample.mask
+
+
+def _places(keys: Sequence[Key], settings: LatentSettings) -> dict[Key, Path]:
+    """Return where each entry stands: further uses of an image in one bucket get numbers, in order."""
+    uses: Counter[tuple[Path, geometry.Size]] = Counter()
+    places = {}
+    for key in keys:
+        path, transform, _ = key
+        variant = uses[path, transform.target]
+        uses[path, transform.target] += 1
+        places[key] = latents.entry_path(path, transform.target, settings.family, settings.cache_dir, variant)
+    return places
+
+
+def _update(
+    places: Mapping[Key, Path],
+    flips: Mapping[Key, bool],
+    settings: LatentSettings,
+    encode: Encoder,
+    wait: Callable[[], None],
+) -> None:
+    """Bring the entries on disk up to date."""
+
+    def judge(key: Key) -> Verdict:
+        if settings.skip_check:
+            return Verdict(State.FRESH if places[key].exists() else State.MISSING)
+        return latents.judge(places[key], _wanted(key, needs_flipped=flips[key], settings=settings))
+
+    with ThreadPoolExecutor(default_num_threads()) as pool:
+        verdicts = dict(zip(places, pool.map(judge, places), strict=True))
+    wait()  # nobody writes while another still judges
+    own = [key for i, key in enumerate(places) if i % settings.num_processes == settings.process_index]
+    by_state = {state: [key for key in own if verdicts[key].state == state] for state in State}
+    for key in by_state[State.DAMAGED]:
+        log.warning("%s: the cache entry is damaged and is made again", places[key])
+    stale = [key for state in (State.STALE, State.MISSING, State.DAMAGED) for key in by_state[state]]
+    for folder in {places[key].parent for key in stale}:
+        latents.remove_abandoned(folder)
+    for key in by_state[State.FRESH]:
+        if verdicts[key].is_restamped:
+            _restamp(places[key], key, verdicts[key])
+    _renew_masks(by_state[State.MASK_STALE], places, verdicts)
+    _encode(stale, flips, settings, encode, lambda key, cached, made_of: latents.write(places[key], cached, made_of))
+    counts = Counter(verdict.state for verdict in verdicts.values())
+    log.info(
+        "latents: %d entries up to date, %d got a new mask, %d encoded",
+        counts[State.FRESH],
+        counts[State.MASK_STALE],
+        len(verdicts) - counts[State.FRESH] - counts[State.MASK_STALE],
+    )
+    wait()  # nobody reads before all is written
+
+
+def _wanted(key: Key, *, needs_flipped: bool, settings: LatentSettings) -> Wanted:
+    path, transform, mask = key
+    return Wanted(path, mask, _in_words(transform), settings.vae, settings.dtype, needs_flipped)
+
+
+def _in_words(transform: Transform) -> str:
+    sizes = (transform.source, transform.resized, transform.crop, transform.target)
+    return " ".join(f"{a}x{b}" for a, b in sizes) + f" {transform.interpolation or 'default'}"
+
+
+def _restamp(place: Path, key: Key, verdict: Verdict) -> None:
+    """Note the files' new times, so that their contents need not be compared at the next start."""
+    assert verdict.fingerprint is not None
+    cached = latents.read_latents(place)
+    _, mask = latents.read(place, flip=False, mask_kind=key[2].kind)
+    with contextlib.suppress(DataError):  # a folder that cannot be written is compared again at each start
+        latents.write(place, replace(cached, mask=mask), verdict.fingerprint)
+
+
+def _renew_masks(keys: Sequence[Key], places: Mapping[Key, Path], verdicts: Mapping[Key, Verdict]) -> None:
+    """Give entries a new mask, or none, and leave their latents as they are."""
+
+    def renew(key: Key) -> None:
+        path, transform, source = key
+        fingerprint = verdicts[key].fingerprint
+        assert fingerprint is not None
+        image = images.read_image(path, want_alpha=True) if source.kind == "alpha" else None
+        mask, stamp = _mask(image, source, transform)
+        cached = latents.read_latents(places[key])
+        made_of = replace(fingerprint, mask_kind=source.kind, mask=stamp)
+        latents.write(places[key], replace(cached, mask=mask), made_of)
+
+    if not keys:
+        return
+    num_threads = default_num_threads()
+    with ThreadPoolExecutor(num_threads) as pool:
+        renewed = ahead(pool, renew, keys, num_waiting=2 * num_threads)
+        for _ in progress(renewed, label="renewing masks", total=len(keys), unit=" images"):
+            pass
+
+
+def _mask(image: images.Decoded | None, source: MaskSource, transform: Transform) -> tuple[Sums | None, Stamp | None]:
+    """Return a shrunk mask, and the stamp of its file if it has one."""
+    if source.kind == "file":
+        assert source.path is not None
+        data, stamp = latents.read_stamped(source.path)
+        return shrink(geometry.apply(transform, images.decode_mask(data, source.path))), stamp
+    return (None if image is None else images.mask_in_bucket(image, source, transform)), None
+
+
+def _encode(
+    keys: Sequence[Key],
+    flips: Mapping[Key, bool],
+    settings: LatentSettings,
+    encode: Encoder,
+    keep: Callable[[Key, CachedLatents, Fingerprint], None],
+) -> None:
+    if not keys:
+        return
+
+    def decode(request: Request[Key]) -> Source:
+        path, transform, source = request.key
+        data, stamp = latents.read_stamped(path)
+        image = images.decode(data, path, want_alpha=source.kind == "alpha")
+        pixels = images.in_bucket(image, transform, path)
+        mask, mask_stamp = _mask(image, source, transform)
+        words = _in_words(transform)
+        fingerprint = Fingerprint(
+            stamp, words, settings.vae, dtype_name(settings.dtype), mask_kind=source.kind, mask=mask_stamp
+        )
+        return Source(pixels, mask, fingerprint, _seed(stamp, words))
+
+    fill.fill(
+        [Request(key, str(key[0]), key[1].target, flips[key]) for key in keys],
+        decode=decode,
+        encode=encode,
+        keep=lambda request, cached, made_of: keep(request.key, cached, made_of),
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+
+
+def _seed(image: Stamp, transform: str) -> int:
+    """Return the seed of the VAE's noise: the same picture cut alike gets the same noise, wherever it stands."""
+    mixed = hashlib.blake2b(f"{image.digest} {transform}".encode(), digest_size=8).digest()
+    return int.from_bytes(mixed, "little") >> 1  # torch's generators take 63 bits

@@ -1,0 +1,192 @@
+"""From draws to batches: the one torch Dataset. It keeps no state, so any number of workers gives the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from library.batch import Batch
+from library.cache.fill import to_images
+from library.cache.store import LatentStore
+from library.dataset import captions, geometry, images, plan
+from library.dataset.geometry import Pixels, SizeConditioning, Transform
+from library.dataset.plan import Draw
+from library.dataset.scan import Sample
+from library.errors import UserError
+from library.masks import Sums, to_weights
+
+if TYPE_CHECKING:
+    DrawsDataset = Dataset["Batch | Failure"]
+else:
+    DrawsDataset = Dataset
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """What all batches of a run have in common."""
+
+    seed: int
+    max_train_steps: int  # what a token_warmup_step below 1 is a share of
+    prior_loss_weight: float = 1.0  # the weight of a regularisation image
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A user's error on its way out of a worker, which would wrap it in a traceback if it were raised there."""
+
+    error: UserError
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One image of a batch."""
+
+    caption: str
+    pixels: Pixels | None  # (H, W, 3)
+    latents: Tensor | None  # (C, h, w)
+    mask: Sums | None  # (h, w)
+    sizes: SizeConditioning
+
+
+class DrawnImages(DrawsDataset):
+    """Batches by their draws."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        settings: LoaderSettings,
+        *,
+        tokenize: Tokenize | None = None,
+        store: LatentStore | None = None,
+    ) -> None:
+        """Take what batches are made of.
+
+        Args:
+            samples: a draw's index is among them.
+            settings: what all batches have in common.
+            tokenize: gives Batch.tokens; None leaves them out.
+            store: where latents and masks come from; None: images are decoded at each draw.
+        """
+        self._samples = samples
+        self._settings = settings
+        self._tokenize = tokenize
+        self.store = store
+
+    def __getitem__(self, draws: tuple[Draw, ...]) -> Batch | Failure:
+        """Return the batch of draws, which are of one bucket; or the user's error that stands in the way."""
+        try:
+            return self._batch(draws)
+        except UserError as error:
+            return Failure(error)
+
+    def _batch(self, draws: tuple[Draw, ...]) -> Batch:
+        items = [self._item(draw) for draw in draws]
+        samples = [self._samples[draw.sample] for draw in draws]
+        texts = tuple(item.caption for item in items)
+        pixels = [item.pixels for item in items if item.pixels is not None]
+        latents = [item.latents for item in items if item.latents is not None]
+        prior = self._settings.prior_loss_weight
+        return Batch(
+            names=tuple(str(sample.path) for sample in samples),
+            captions=texts,
+            tokens=None if self._tokenize is None else self._tokenize(texts),
+            images=to_images(pixels) if pixels else None,
+            latents=torch.stack(latents) if latents else None,
+            masks=_stack_masks([item.mask for item in items]),
+            weights=torch.tensor([prior if sample.is_reg else 1.0 for sample in samples], dtype=torch.float32),
+            original_sizes=torch.tensor([item.sizes.original for item in items]),
+            crop_top_lefts=torch.tensor([item.sizes.crop_top_left for item in items]),
+            target_sizes=torch.tensor([item.sizes.target for item in items]),
+        )
+
+    def _item(self, draw: Draw) -> _Item:
+        sample = self._samples[draw.sample]
+        name = f"{sample.path.parent.name}/{sample.path.name}"  # of the picture, wherever the folder stands
+        seed = self._settings.seed
+        caption = captions.compose(
+            sample.captions,
+            sample.subset,
+            plan.rng(seed, draw, f"{name} caption"),
+            epoch=draw.epoch,
+            step=draw.step,
+            max_train_steps=self._settings.max_train_steps,
+        )
+        face = None if self.store is not None else geometry.face_in_name(sample.path)
+        transform = geometry.draw(sample.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
+        sizes = geometry.size_conditioning(transform)
+        if self.store is not None:
+            latents, mask = self.store.get(draw.sample, flip=transform.flip)
+            return _Item(caption, None, latents, mask, sizes)
+        pixels, mask = _read(sample, transform)
+        if sample.subset.color_aug:
+            pixels = images.augment_colour(pixels, plan.rng(seed, draw, f"{name} colour"))
+        return _Item(caption, pixels, None, mask, sizes)
+
+
+def _read(sample: Sample, transform: Transform) -> tuple[Pixels, Sums | None]:
+    image = images.read_image(sample.path, want_alpha=sample.mask.kind == "alpha")
+    pixels = images.in_bucket(image, transform, sample.path)
+    return pixels, images.mask_in_bucket(image, sample.mask, transform)
+
+
+def _stack_masks(masks: Sequence[Sums | None]) -> Tensor | None:
+    """Return the weights (B, 1, h, w) of a batch, 1 where an image has no mask; None if none has one."""
+    shape = next((mask.shape for mask in masks if mask is not None), None)
+    if shape is None:
+        return None
+    white = torch.ones(1, *shape)
+    return torch.stack([white if mask is None else to_weights(mask) for mask in masks])
+
+
+class BatchLoader(DataLoader[Any]):
+    """A torch DataLoader that raises users' errors as they are."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the batches in the order of their draws. Raises: UserError."""
+        for loaded in super().__iter__():
+            if isinstance(loaded, Failure):
+                raise loaded.error
+            yield loaded
+
+
+def make_loader(
+    dataset: DrawnImages, batches: Iterable[tuple[Draw, ...]], *, num_workers: int, pin_memory: bool
+) -> BatchLoader:
+    """Return what yields the batches of dataset in the order given, loading ahead in num_workers processes.
+
+    Args:
+        dataset: gives the batches.
+        batches: their draws; may be endless.
+        num_workers: 0 loads in this process; taken as 0 when latents are in memory, which need no loading.
+        pin_memory: for copies to a GPU that do not wait.
+    """
+    if dataset.store is not None and dataset.store.is_in_memory:
+        num_workers = 0
+    return BatchLoader(
+        dataset,
+        batch_size=None,
+        sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_use_one_thread if num_workers else None,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _use_one_thread(_: int) -> None:
+    cv2.setNumThreads(0)  # its pool does not survive a fork, and the workers are the threads
+    torch.set_num_threads(1)
