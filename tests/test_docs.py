@@ -1,0 +1,116 @@
+"""The documentation says what is: links lead somewhere, options exist, configs can be read."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from library.dataset import config as dataset_config
+from library.options.captions import CaptionOptions
+from library.options.dataset import DatasetOptions
+from library.options.masks import MaskOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# options of programs that are not ours, and of our own commands other than training
+FOREIGN = {"extra-index-url", "num_cpu_threads_per_process", "seed"}
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchor(heading: str) -> str:
+    """Return the fragment that a heading is linked by."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def has_heading(page: Path, fragment: str) -> bool:
+    """Return whether a link to the fragment of a page leads somewhere; an empty one leads to the page itself."""
+    return not fragment or fragment in {anchor(line) for line in HEADING.findall(page.read_text(encoding="utf-8"))}
+
+
+def declared_options() -> set[str]:
+    """Return every name that could be an option: fields and texts of the options, the quick start and the tools."""
+    names = set()
+    for path in [ROOT / "quickstart.py", *(ROOT / "library" / "options").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(node.value.removeprefix("--"))
+    return names
+
+
+def tool_modules() -> list[str]:
+    """Return the modules that the pages tell to be run with python -m, ours only."""
+    said = re.findall(
+        r"python -m (library\.[\w.]+|networks\.[\w.]+)", "".join(page.read_text("utf-8") for page in PAGES)
+    )
+    return sorted(set(said))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, fragment = target.partition("#")
+        place = (page.parent / file).resolve() if file else page
+        if not target.startswith(("http://", "https://")) and not (place.exists() and has_heading(place, fragment)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_option_that_is_named_exists(page):
+    named = set(re.findall(r"(?<![\w-])--([a-zA-Z]\w*(?:-\w+)*)", page.read_text(encoding="utf-8")))
+    assert named - FOREIGN <= declared_options()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_file_of_ours_that_is_named_exists(page):
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`?((?:library|networks|tests|tools|examples|docs|benchmarks)/[\w./-]+\.\w+)", text))
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_every_module_that_is_to_be_run_exists():
+    assert not [name for name in tool_modules() if not (ROOT / (name.replace(".", "/") + ".py")).is_file()]
+
+
+def dataset_configs() -> list[tuple[str, str]]:
+    """Return (place, text) of every data set config shown on a page or lying among the examples."""
+    found = []
+    for page in PAGES:
+        blocks = [body for language, body in CODE_BLOCK.findall(page.read_text("utf-8")) if language == "toml"]
+        found += [(f"{name_of(page)}-{number}", body) for number, body in enumerate(blocks) if "[[datasets" in body]
+    configs = sorted(ROOT.glob("examples/masked_lora/dataset_*.toml"))
+    return found + [(name_of(path), path.read_text(encoding="utf-8")) for path in configs]
+
+
+@pytest.mark.parametrize(("place", "text"), dataset_configs(), ids=[place for place, _ in dataset_configs()])
+def test_every_config_that_is_shown_can_be_loaded(place, text, tmp_path):
+    path = tmp_path / "dataset.toml"
+    path.write_text(text, encoding="utf-8")
+    options = DatasetOptions(dataset_config=path, resolution="512")
+    assert dataset_config.load(options, CaptionOptions(), MaskOptions())
+
+
+def test_every_key_of_a_data_set_config_is_described():
+    from library.dataset import schema
+
+    text = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    keys = {*schema.DATASET_KEYS, *schema.SUBSET_KEYS, *schema.SUBSET_ONLY_KEYS}
+    assert not [key for key in keys if f"`{key}`" not in text]
+
+
+def test_the_japanese_pages_show_the_same_configs_as_the_english_ones():
+    for page in (ROOT / "docs" / "ja").glob("*.md"):
+        english = (ROOT / "docs" / page.name).read_text(encoding="utf-8")
+        for language, body in CODE_BLOCK.findall(page.read_text(encoding="utf-8")):
+            assert language != "toml" or body in english
