@@ -1,4 +1,5 @@
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,9 @@ from torch import nn
 from library.errors import CheckpointError, OptionError
 from networks import files, lora, merging
 from networks.layers import Dropout, LoraLayer
+
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "networks"
 
 
 def make(small, dim=4, alpha=1.0, **arguments):
@@ -256,6 +260,37 @@ def test_merging_into_half_precision_weights_rounds_once(target):
     network, _ = lora.create_network_from_weights(1.0, None, None, None, None, tensors, targets=[target(base)])
     network.merge_to(None, None, tensors)
     assert torch.equal(base.weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_saved_tensors_are_those_of_the_references_file(dtype, reference, target, tmp_path):
+    network, tensors = lora.create_network_from_weights(
+        1.0, None, None, None, None, tiny_lora(reference), targets=tiny_targets(reference, target)
+    )
+    network.load_state_dict(tensors)
+    network.save_weights(tmp_path / "a.safetensors", dtype, None)
+    theirs = files.read(DATA / f"lora_tiny_{'fp16' if dtype == torch.float16 else 'bf16'}.safetensors")
+    ours = files.read(tmp_path / "a.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) and value.dtype == dtype for name, value in ours.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_step_on_the_device_waits_for_nothing(small, weights):
+    small.to("cuda")
+    network = make(small, conv_dim=2, rank_dropout=0.1, module_dropout=0.1, dropout=0.1).to("cuda", weights)
+    x = torch.randn(2, 8, 4, 4, device="cuda")
+    with network.attached(), torch.autocast("cuda", torch.bfloat16):
+        small(x).square().mean().backward()  # once before, since libraries wait when they are first used
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with network.attached(), torch.autocast("cuda", torch.bfloat16):
+            small(x).square().mean().backward()
+        _, _, largest = network.apply_max_norm_regularization(1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(largest) <= 1e-3
 
 
 @pytest.mark.parametrize(("limit", "name"), [(0.2, "0.2"), (1.0, "1"), (3.0, "3"), (100.0, "100")])
