@@ -110,16 +110,14 @@ class LoraLayer(nn.Module):
         """
         if self.multiplier == 0 or (self.training and self._sits_out()):
             return self._base_forward(x)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-            # Once for both branches; autocast would do it in each.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        autocast = _autocast_dtype(x.device.type)
+        if autocast is not None and x.dtype == torch.float32:
+            x = x.to(autocast)  # once for both branches; autocast would do it in each
         base = self._base_forward(x)
-        added = torch.add(base, self._update(x), alpha=self.multiplier * self.scale)
-        return added.to(base.dtype)
+        update = self._update(x if autocast is not None else x.to(self.lora_down.weight.dtype))
+        return torch.add(base, update, alpha=self.multiplier * self.scale).to(base.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_down.weight.dtype)
         hidden = self.lora_down(x)
         if self.training:
             hidden = self._drop(hidden)
@@ -143,6 +141,13 @@ class LoraLayer(nn.Module):
     def _sits_out(self) -> bool:
         # Drawn on the CPU: the answer steers Python, and a draw on the device would have to be waited for.
         return bool(self.dropout.module) and is_skipped(float(torch.rand(1)), self.dropout.module)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    # Asking about a device that knows no autocast, such as meta, is an error.
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def _low_rank_pair(module: nn.Module, rank: int) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
