@@ -128,10 +128,10 @@ class LoraLayer(nn.Module):
             hidden = F.dropout(hidden, self.dropout.neuron)
         if self.dropout.rank:
             uniform = torch.rand(hidden.shape[0], self.rank, device=hidden.device)
-            hidden = hidden * self.spread(rank_scales(uniform, self.dropout.rank), hidden)
+            hidden = hidden * self._spread(rank_scales(uniform, self.dropout.rank), hidden)
         return hidden
 
-    def spread(self, scales: Tensor, hidden: Tensor) -> Tensor:
+    def _spread(self, scales: Tensor, hidden: Tensor) -> Tensor:
         """Return scales (B, R) shaped to multiply hidden, whose ranks are its last axis, or the second of an image."""
         batch = scales.shape[0]
         if isinstance(self.lora_down, nn.Conv2d):
