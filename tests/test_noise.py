@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +13,10 @@ from torch import Tensor
 
 from library import noise
 from library.errors import OptionError
+from library.options.noise import NoiseOptions as Options
 
 DATA = Path(__file__).parent / "data" / "loss_weights.npz"
 SHAPE = (2, 4, 16, 12)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The noise options, all off."""
-
-    noise_offset: float | None = None
-    noise_offset_random_strength: bool = False
-    adaptive_noise_scale: float | None = None
-    multires_noise_iterations: int | None = None
-    multires_noise_discount: float = 0.3
-    ip_noise_gamma: float | None = None
-    ip_noise_gamma_random_strength: bool = False
-    zero_terminal_snr: bool = False
-    min_timestep: int | None = None
-    max_timestep: int | None = None
 
 
 EVERYTHING = Options(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from library import losses, noise
-from library.errors import OptionError
 from library.objectives.objective import Compared, HuberOptions, Noised
 
 if TYPE_CHECKING:
@@ -37,9 +36,14 @@ class Ddpm:
     def from_options(cls, options: NoiseOptions, loss: LossOptions, v_parameterization: bool) -> Ddpm:
         """Return the objective on the CPU.
 
-        Raises: OptionError for options that contradict each other.
+        Raises: OptionError for timestep bounds that leave nothing to draw.
         """
-        check(options, loss, v_parameterization)
+        noise.timestep_range(options.min_timestep, options.max_timestep, losses.NUM_TIMESTEPS)
+        if options.zero_terminal_snr and not v_parameterization:
+            log.warning(
+                "--zero_terminal_snr without --v_parameterization: at the last timestep the noise is all there is to "
+                "see, so predicting it teaches nothing"
+            )
         table = alphas_cumprod()
         if options.zero_terminal_snr:
             table = zero_terminal_snr(table)
@@ -140,22 +144,3 @@ def loss_weight(alphas_cumprod: Tensor, options: LossOptions, v_parameterization
     if options.debiased_estimation_loss:
         weights.append(losses.debiased_weight(ratios, v_parameterization=v_parameterization))
     return torch.stack(weights).prod(dim=0) if weights else None
-
-
-def check(options: NoiseOptions, loss: LossOptions, v_parameterization: bool) -> None:
-    """Refuse options that contradict each other; warn about a pair that is seldom meant.
-
-    Raises: OptionError.
-    """
-    noise.timestep_range(options.min_timestep, options.max_timestep, losses.NUM_TIMESTEPS)
-    if options.adaptive_noise_scale and not options.noise_offset:
-        raise OptionError("--adaptive_noise_scale changes the noise offset, and there is none: add --noise_offset.")
-    if loss.scale_v_pred_loss_like_noise_pred and not v_parameterization:
-        raise OptionError("--scale_v_pred_loss_like_noise_pred is for velocity prediction: add --v_parameterization.")
-    if loss.v_pred_like_loss and v_parameterization:
-        raise OptionError("--v_pred_like_loss is for noise prediction: leave out it or --v_parameterization.")
-    if options.zero_terminal_snr and not v_parameterization:
-        log.warning(
-            "--zero_terminal_snr without --v_parameterization: at the last timestep the noise is all there is to see, "
-            "so predicting it teaches nothing"
-        )

@@ -65,8 +65,8 @@ _FACTORIES = (
     Factory("SGDScheduleFree", "schedulefree.SGDScheduleFree", "schedulefree"),
 )
 
-# torch's own under their bare names. Not here: LBFGS needs a closure, SparseAdam sparse gradients. torch.optim.Adafactor
-# has to be given by its full path: sd-scripts' Adafactor is that of transformers.
+# torch's own under their bare names. LBFGS needs a closure and SparseAdam sparse gradients; torch.optim.Adafactor
+# has to be given by its full path, as sd-scripts' Adafactor is that of transformers.
 _TORCH = ("Adadelta", "Adagrad", "Adam", "Adamax", "ASGD", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 
 OPTIMIZERS: Mapping[str, Factory] = {
@@ -79,19 +79,8 @@ _PACKAGES = {"prodigyplus": "prodigy-plus-schedule-free"}
 
 
 def name_of(options: OptimizerOptions) -> str:
-    """Return the optimizer's name, AdamW unless chosen; the two old flags are names too.
-
-    Raises: OptionError for more than one choice.
-    """
-    chosen = {"--use_8bit_adam": options.use_8bit_adam, "--use_lion_optimizer": options.use_lion_optimizer}
-    flags = [flag for flag, is_on in chosen.items() if is_on]
-    if options.optimizer_type:
-        flags.append(f"--optimizer_type {options.optimizer_type}")
-    if len(flags) > 1:
-        raise OptionError(f"{' and '.join(flags)} choose two optimizers; leave one out.")
-    if options.use_8bit_adam:
-        return "AdamW8bit"
-    return "Lion" if options.use_lion_optimizer else options.optimizer_type or "AdamW"
+    """Return the optimizer's name, AdamW unless chosen."""
+    return options.optimizer_type or "AdamW"
 
 
 def resolve(name: str) -> Factory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,43 +12,14 @@ import torch
 from torch import Tensor
 
 from library import losses
-from library.errors import OptionError
 from library.objectives import ddpm
 from library.objectives.ddpm import Ddpm
 from library.objectives.objective import Noised
+from library.options.loss import LossOptions as Loss
+from library.options.noise import NoiseOptions as Noise
 
 DATA = Path(__file__).parent.parent / "data" / "loss_weights.npz"
 EVERY_THIRD = torch.arange(0, 1000, 3)  # the timesteps at which the file holds weights
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The noise options, all off."""
-
-    noise_offset: float | None = None
-    noise_offset_random_strength: bool = False
-    adaptive_noise_scale: float | None = None
-    multires_noise_iterations: int | None = None
-    multires_noise_discount: float = 0.3
-    ip_noise_gamma: float | None = None
-    ip_noise_gamma_random_strength: bool = False
-    zero_terminal_snr: bool = False
-    min_timestep: int | None = None
-    max_timestep: int | None = None
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The loss options, all off."""
-
-    loss_type: str = "l2"
-    huber_schedule: str = "snr"
-    huber_c: float = 0.1
-    huber_scale: float = 1.0
-    min_snr_gamma: float | None = None
-    scale_v_pred_loss_like_noise_pred: bool = False
-    v_pred_like_loss: float | None = None
-    debiased_estimation_loss: bool = False
 
 
 @pytest.fixture(scope="module")
@@ -206,20 +177,6 @@ def test_moving_to_a_device_takes_every_table_along():
     moved = Ddpm.from_options(Noise(), Loss(min_snr_gamma=5), False).to(torch.device("meta"))
     tables = (moved.alphas_cumprod, moved.signal, moved.spread, moved.loss_weight)
     assert all(table.is_meta for table in tables)
-
-
-@pytest.mark.parametrize(
-    ("noise", "loss", "v_parameterization", "message"),
-    [
-        (Noise(adaptive_noise_scale=0.1), Loss(), False, "--noise_offset"),
-        (Noise(), Loss(scale_v_pred_loss_like_noise_pred=True), False, "--v_parameterization"),
-        (Noise(), Loss(v_pred_like_loss=1.0), True, "--v_pred_like_loss"),
-        (Noise(min_timestep=900, max_timestep=100), Loss(), False, "--min_timestep 900"),
-    ],
-)
-def test_options_that_contradict_each_other_are_refused(noise, loss, v_parameterization, message):
-    with pytest.raises(OptionError, match=message):
-        Ddpm.from_options(noise, loss, v_parameterization)
 
 
 def test_zero_terminal_snr_for_noise_prediction_is_warned_about(caplog):
