@@ -13,6 +13,7 @@ import torch
 if __package__ in (None, ""):  # started as a file: the project's folder is two levels up
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.embedded_model.starting_weights import CARRYING_WIDTH, shape_unet, shape_vae
 from library.models.checkpoint import write_safetensors
 from library.models.clip_tokens import BOS, EOS, shipped_vocabulary, write_vocabulary
 from library.models.family import Parts
@@ -25,9 +26,9 @@ PRECISIONS = {"float": torch.float32, "fp16": torch.float16}
 class Size:
     """How wide the parts are; block structure, heads and names are Stable Diffusion's own."""
 
-    unet: tuple[int, ...] = (32, 64, 96, 96)
-    vae: tuple[int, ...] = (32, 64, 96, 96)
-    text: int = 64
+    unet: tuple[int, ...] = (96, 64, 32, 32)
+    vae: tuple[int, ...] = (96, 32, 96, 96)
+    text: int = 48
     text_layers: int = 12
     v2: bool = False
 
@@ -68,6 +69,10 @@ def build(seed: int = 0, size: Size | None = None) -> Parts:
             layers_per_block=2,
             latent_channels=4,
         )
+    if size.unet[0] % CARRYING_WIDTH == 0:
+        shape_unet(unet)
+    if size.vae[0] % CARRYING_WIDTH == 0 and size.vae[-1] % CARRYING_WIDTH == 0:
+        shape_vae(vae)
     return Parts(unet.eval(), (text_encoder.eval(),), vae.eval())
 
 
