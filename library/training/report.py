@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_PICTURES = 60  # of all prompts together; each prompt shows its first, its last, and some between
 MAX_PER_PROMPT = 12
+FEW = 3  # pictures in a row that are shown larger
 SAMPLE_SIDE, SHEET_SIDE = 512, 1600  # pixels; larger pictures are shrunk
 SMALL_BYTES = 60_000  # a PNG below this goes in as it is
 
@@ -128,7 +129,7 @@ def _header(data: ReportData) -> str:
         points = smoothed([(float(step), loss) for step, loss, _ in data.losses])
         tiles += [
             ("Steps", f"{data.losses[-1][0]:,}"),
-            ("Loss, smoothed", f"{points[0][1]:.4f} → {points[-1][1]:.4f}"),
+            ("Loss, smoothed", f"{points[0][1]:.3g} → {points[-1][1]:.3g}"),
         ]
     if data.seconds is not None:
         tiles.append(("Time", duration(data.seconds)))
@@ -154,10 +155,11 @@ def _samples(samples: Sequence[Sample]) -> str:
         details += [f"seed {prompt.seed}"] if prompt.seed is not None else []
         details += [f"without: {prompt.negative_prompt}"] if prompt.negative_prompt else []
         details += [f"{len(shown)} of {len(row)} pictures"] if len(shown) < len(row) else []
+        few = f' few" style="--count:{len(shown)}"' if len(shown) <= FEW else '"'
         figures = "".join(_sample_figure(sample) for sample in shown)
         parts.append(
             f'<article><h3>{escape(prompt.prompt) or "(empty prompt)"}</h3><p class="quiet">'
-            f'{escape(" · ".join(details))}</p><div class="strip">{figures}</div></article>'
+            f'{escape(" · ".join(details))}</p><div class="strip{few}>{figures}</div></article>'
         )
     return "".join(parts)
 
@@ -185,7 +187,7 @@ def _masks(line: str | None, sheet: Path | None) -> str:
     if sheet is None:
         return text
     picture = _picture(sheet, SHEET_SIDE, "Contact sheet: each training picture with its mask")
-    return f'{text}<figure class="sheet">{picture}<figcaption>White is learnt, black is not.</figcaption></figure>'
+    return f'{text}<figure class="sheet">{picture}<figcaption>What the masks let through.</figcaption></figure>'
 
 
 def _picture(path: Path, max_side: int, alt: str) -> str:
@@ -218,9 +220,7 @@ def _file_rows(files: Iterable[Path]) -> list[dict[str, Any]]:
     rows = []
     for path in files:
         try:
-            rows.append(
-                {"File": path.name, "Size": f"{path.stat().st_size / 1e6:,.2f} MB", "SHA-256": file_hashes(path)[1]}
-            )
+            rows.append({"File": path.name, "MB": round(path.stat().st_size / 1e6, 2), "SHA-256": file_hashes(path)[1]})
         except OSError as error:
             log.warning("report: %s is left out: %s", path, error.strerror)
     return rows
@@ -230,14 +230,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as an HTML table; the first row's keys are its columns; numbers stand to the right."""
     if not rows:
         return ""
-    head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in rows[0])
+    head = "".join(f'<th scope="col"{_side(value)}>{escape(str(name))}</th>' for name, value in rows[0].items())
     lines = "".join("<tr>" + "".join(_cell(row.get(name)) for name in rows[0]) + "</tr>" for row in rows)
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _cell(value: Any) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"<td{' class=number' if is_number else ''}>{escape('' if value is None else str(value))}</td>"
+    return f"<td{_side(value)}>{escape('' if value is None else str(value))}</td>"
+
+
+def _side(value: Any) -> str:
+    """Return the attribute that puts a number to the right."""
+    return ' class="number"' if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

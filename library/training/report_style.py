@@ -17,7 +17,7 @@ h3 { margin: 0; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }
 p { margin: 0 0 12px; }
 .kind, .quiet, figcaption, .legend { color: var(--quiet); font-size: .875rem; }
 .kind { margin: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 0 0 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 0 0 20px; }
 .tiles div, section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .tiles div { padding: 12px 16px; }
 dt { color: var(--quiet); font-size: .8125rem; }
@@ -27,6 +27,7 @@ article + article { margin-top: 24px; padding-top: 20px; border-top: 1px solid v
 figure { margin: 0; }
 img { display: block; max-width: 100%; height: auto; border-radius: 8px; background: var(--page); }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 14px; }
+.strip.few { grid-template-columns: repeat(var(--count), minmax(0, 330px)); }
 .strip img { width: 100%; }
 .strip figure:last-child:not(:first-child) figcaption { color: var(--ink); font-weight: 600; }
 figcaption { margin-top: 6px; }
@@ -44,15 +45,16 @@ figcaption { margin-top: 6px; }
   vertical-align: middle; }
 .key.raw { border-top: 1.5px solid var(--faint); margin-left: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; }
-th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+.scroll > table { min-width: 460px; }
+th, td { padding: 7px 18px 7px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--quiet); font-weight: 500; white-space: nowrap; }
-td { overflow-wrap: anywhere; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+td:last-child { overflow-wrap: anywhere; }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .pairs th { width: 1%; font-weight: 500; white-space: nowrap; padding-right: 28px; }
 .pairs td { font-family: ui-monospace, "Cascadia Mono", Menlo, monospace; font-size: .8125rem; }
 @media (max-width: 560px) { header, main { padding-left: 12px; padding-right: 12px; } section { padding: 14px; }
-  h1 { font-size: 1.5rem; } .strip { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); } }
+  h1 { font-size: 1.5rem; } .strip:not(.few) { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); } }
 @media print { body { background: none; } section, .tiles div { border: 0; padding: 0; break-inside: avoid; }
-  .strip { grid-template-columns: repeat(4, 1fr); } }
+  .strip:not(.few) { grid-template-columns: repeat(4, 1fr); } }
 """
