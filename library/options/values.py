@@ -61,7 +61,8 @@ class Declared:
         """The type in words, for messages and documents."""
         if self.parse is not None:
             return "steps or ratio"
-        return f"list of {TYPE_NAMES[self.element]}s" if self.is_list else TYPE_NAMES[self.element]
+        name = "path" if self.is_path else TYPE_NAMES[self.element]
+        return f"list of {name}s" if self.is_list else name
 
 
 def convert(declared: Declared, raw: Any, where: str) -> Any:
@@ -126,9 +127,9 @@ def int_or_ratio(raw: Any) -> int | float:
         if not 0 <= number <= 100:
             raise ValueError(wanted)
         return number / 100
-    if not math.isfinite(number) or number < 0 or (number >= 1 and number != int(number)):
+    if not math.isfinite(number) or number < 0 or (number >= 1 and not number.is_integer()):
         raise ValueError(wanted)
-    return int(number) if number == int(number) else number
+    return int(number) if number.is_integer() else number
 
 
 def _convert_one(declared: Declared, raw: Any, where: str) -> Any:
@@ -148,7 +149,7 @@ def _read_flag(raw: Any) -> bool:
 
 
 def _read_int(raw: Any) -> int:
-    if isinstance(raw, float) and raw == int(raw):
+    if isinstance(raw, float) and raw.is_integer():
         return int(raw)
     if isinstance(raw, int | str) and not isinstance(raw, bool):
         try:

@@ -1,0 +1,83 @@
+"""The command line is a contract: sd-scripts' options keep their names, kinds and defaults here."""
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG
+from library.options.groups import GROUPS, all_declared
+from library.options.reference import IGNORED, OTHER_SCRIPTS, REFUSED
+from library.options.values import Declared
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "tests" / "data"
+REFERENCE: dict[str, dict[str, Any]] = json.loads((DATA / "options_train_network.json").read_text("utf-8"))
+FOREIGN: dict[str, dict[str, Any]] = json.loads((DATA / "options_other_scripts.json").read_text("utf-8"))
+
+NEW = {"cache_dir", "missing_mask", "report"}  # sd-scripts has no such option
+ELSEWHERE = {each.name: each.declared for each in (*REFUSED, *IGNORED)}
+DECLARED = {**all_declared(), CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}
+
+# Old spellings: their group's __post_init__ turns them into another option, which is the one that is read.
+FOLDED = {"use_8bit_adam", "use_lion_optimizer", "caption_extention"}
+
+
+def kind_of(option: Declared) -> tuple[str, str | None]:
+    """Return an option's type and nargs in the words of the reference data."""
+    names = {bool: "flag", int: "int", float: "float", str: "str"}
+    kind = "int_or_float" if option.parse is not None else names[option.element]
+    return kind, "*" if option.is_list else None
+
+
+def attributes_read(folders: Iterator[Path]) -> set[str]:
+    """Return every name that stands behind a dot and is read."""
+    return {
+        node.attr
+        for path in folders
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+
+
+def test_the_reference_has_193_options():
+    assert len(REFERENCE) == 193
+
+
+def test_every_option_of_the_reference_is_declared_or_has_its_reason():
+    assert set(REFERENCE) == (set(DECLARED) | set(ELSEWHERE)) - NEW
+
+
+def test_no_option_is_both_declared_and_without_reader():
+    assert not set(DECLARED) & set(ELSEWHERE)
+    assert not (set(DECLARED) | set(ELSEWHERE)) & set(OTHER_SCRIPTS)
+
+
+def test_no_name_is_declared_twice():
+    assert len(all_declared()) == sum(len(group.__dataclass_fields__) for group in GROUPS.values())
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE))
+def test_an_option_has_the_kind_default_and_choices_of_the_reference(name: str):
+    option = {**DECLARED, **ELSEWHERE}[name]
+    wanted = REFERENCE[name]
+    kind = "str" if wanted["type"] == "Path" else wanted["type"]
+    assert kind_of(option) == (kind, wanted["nargs"])
+    assert option.default == wanted["default"]
+    if name in DECLARED:
+        choices = {choice for choice in wanted["choices"] or () if choice is not None}
+        assert choices <= set(option.choices or choices)
+        assert bool(option.choices) == bool(choices)
+
+
+def test_the_options_of_other_scripts_are_known_by_name_script_and_shape():
+    found = {name: (list(scripts), has_value) for name, (scripts, has_value) in OTHER_SCRIPTS.items()}
+    assert found == {name: (entry["scripts"], entry["type"] != "flag") for name, entry in FOREIGN.items()}
+
+
+def test_every_option_is_read_by_code_outside_the_options():
+    sources = (path for path in (ROOT / "library").rglob("*.py") if "options" not in path.relative_to(ROOT).parts)
+    assert sorted(set(all_declared()) - attributes_read(sources) - FOLDED) == []

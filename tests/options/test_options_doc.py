@@ -1,0 +1,26 @@
+"""docs/options.md says what the code declares."""
+
+from library.options.groups import all_declared
+from library.options.reference import IGNORED, OTHER_SCRIPTS, REFUSED
+from tools.write_options_doc import DOCUMENT, render
+
+
+def test_the_document_is_up_to_date():
+    assert DOCUMENT.read_text(encoding="utf-8") == render(), "run python tools/write_options_doc.py"
+
+
+def test_every_option_has_one_row():
+    rows = [line.split("`")[1] for line in render().splitlines() if line.startswith("| `--")]
+    names = [
+        *all_declared(),
+        "config_file",
+        "output_config",
+        *(each.name for each in (*REFUSED, *IGNORED)),
+        *OTHER_SCRIPTS,
+    ]
+    assert sorted(rows) == sorted(f"--{name}" for name in names)
+
+
+def test_help_texts_are_sentences():
+    texts = {name: option.help for name, option in all_declared().items()}
+    assert {name: text for name, text in texts.items() if not text[0].isalpha() or not text.endswith(".")} == {}

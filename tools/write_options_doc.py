@@ -1,0 +1,106 @@
+"""Write docs/options.md from the options' declarations: python tools/write_options_doc.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG  # noqa: E402
+from library.options.declare import declared  # noqa: E402
+from library.options.groups import GROUPS  # noqa: E402
+from library.options.reference import IGNORED, OTHER_SCRIPTS, REFUSED, Elsewhere  # noqa: E402
+from library.options.values import Declared  # noqa: E402
+
+DOCUMENT = ROOT / "docs" / "options.md"
+
+INTRODUCTION = """# Options of train_network.py
+
+*Written by `python tools/write_options_doc.py`; do not edit by hand.*
+
+An option is given as `--name value` on the command line, or as `name = value` in the TOML file of `--config_file`,
+where the names of sections do not matter. The command line beats the file, and the file beats the defaults. On the
+command line a name may be shortened as long as only one option begins so. Flags take no value on the command line and
+`true` or `false` in the file; lists are separated by spaces on the command line and stand in `[ ]` in the file.
+Captions, masks and image sizes can be set more finely in a dataset config, which beats what is given here.
+"""
+
+REFUSED_HEADING = """## Refused options
+
+sd-scripts has these options, and this project does not carry them out. Given with another value than their default,
+they end the program before anything is loaded.
+
+| option | why |
+|---|---|"""
+
+IGNORED_HEADING = """## Ignored options
+
+These are accepted with a warning.
+
+| option | why |
+|---|---|"""
+
+OTHER_SCRIPTS_HEADING = """## Options of other scripts
+
+sd-scripts has these options for other scripts. They are accepted with a warning, so that one config file can serve
+several scripts.
+
+| option | script |
+|---|---|"""
+
+
+def render() -> str:
+    """Return the whole document in Markdown."""
+    parts = [INTRODUCTION, _table("command line", "Where values come from.", (CONFIG_FILE, OUTPUT_CONFIG))]
+    for title, group in GROUPS.items():
+        parts.append(_table(title, (group.__doc__ or "").strip(), declared(group)))
+    parts.append("\n".join([REFUSED_HEADING, *map(_reason_row, REFUSED), ""]))
+    parts.append("\n".join([IGNORED_HEADING, *map(_reason_row, IGNORED), ""]))
+    others = [f"| `--{name}` | {', '.join(scripts)} |" for name, (scripts, _) in OTHER_SCRIPTS.items()]
+    parts.append("\n".join([OTHER_SCRIPTS_HEADING, *others, ""]))
+    return "\n".join(parts)
+
+
+def _table(title: str, text: str, options: Iterable[Declared]) -> str:
+    heading = [
+        f"## {title[0].upper()}{title[1:]}",
+        "",
+        text,
+        "",
+        "| option | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*heading, *map(_row, options), ""])
+
+
+def _row(each: Declared) -> str:
+    kind = " ".join(f"`{choice}`" for choice in each.choices) if each.choices else each.type_name
+    limits = f" Must be {each.bounds.text()}." if each.bounds.text() else ""
+    if each.default is None or each.default == "":
+        default = ""
+    else:
+        default = f"`{str(each.default).lower() if each.element is bool else each.default}`"
+    return f"| `{each.flag}` | {kind} | {default} | {_escaped(each.help + limits)} |"
+
+
+def _reason_row(each: Elsewhere) -> str:
+    return f"| `--{each.name}` | {_escaped(each.reason)} |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;").replace("*", "\\*")
+
+
+def main() -> int:
+    """Write the document and return the exit code."""
+    DOCUMENT.write_text(render(), encoding="utf-8")
+    print(f"{DOCUMENT.relative_to(ROOT)} is written.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
