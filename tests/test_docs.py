@@ -2,11 +2,13 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from library.dataset import config as dataset_config
+from library.options import read_training
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
 from library.options.masks import MaskOptions
@@ -99,6 +101,23 @@ def test_every_config_that_is_shown_can_be_loaded(place, text, tmp_path):
     path.write_text(text, encoding="utf-8")
     options = DatasetOptions(dataset_config=path, resolution="512")
     assert dataset_config.load(options, CaptionOptions(), MaskOptions())
+
+
+def training_commands() -> list[tuple[str, str]]:
+    """Return (place, arguments) of every whole training command that a page shows."""
+    found = []
+    for page in PAGES:
+        for _, body in CODE_BLOCK.findall(page.read_text("utf-8")):
+            if "train_network.py" in body and "--output_dir" in body:
+                found.append((name_of(page), body.partition("train_network.py")[2].replace("\\\n", " ")))
+    return found
+
+
+@pytest.mark.parametrize(("place", "arguments"), training_commands(), ids=[place for place, _ in training_commands()])
+def test_every_training_command_that_is_shown_is_understood(place, arguments):
+    read = read_training(shlex.split(arguments), "train_network")
+    assert read.options.masks.masked_loss
+    assert not read.warnings
 
 
 def test_every_key_of_a_data_set_config_is_described():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import quickstart
+from library.options import read_training
 
 ROOT = Path(quickstart.__file__).resolve().parent
 
@@ -68,6 +69,13 @@ def test_every_file_of_the_command_is_there():
     assert named
     assert all((ROOT / name).is_file() for name in named)
     assert (ROOT / quickstart.MODEL_MAKER).is_file()
+
+
+def test_the_config_file_of_the_example_says_the_same_as_the_command():
+    script, *arguments = quickstart.training_arguments()
+    config = ROOT / "examples" / "masked_lora" / "config.toml"
+    from_file = read_training(["--config_file", str(config)], script.removesuffix(".py")).options
+    assert read_training(arguments, script.removesuffix(".py")).options == from_file
 
 
 def test_a_failed_step_passes_its_exit_code_on(capsys):
