@@ -17,7 +17,7 @@ Group = TypeVar("Group")
 DETAILS = "option"  # the key of an option's Declared details in a dataclass field's metadata
 
 
-def option(  # an option has this many sides, and all but two have a default
+def option(
     default: Any,
     help: str,
     *,
@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         Raises: OptionError, always.
         """
         message = re.sub(r"^argument (--\w+): ", r"\1: ", message)
-        raise OptionError(f"{message}. See --help." if "See" not in message else message)
+        raise OptionError(f"{message}. See --help.")
 
 
 def parser(
