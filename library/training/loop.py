@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.progress import progress
-from library.training import draws, interrupts
+from library.training import draws, interrupts, optimizers, schedules
 from library.training.metrics import LossHistory, LossReader, LossRecord, StepLosses
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ class Run:
     batches: Iterable[Batch]  # endless, from the first batch of the first epoch
     plan: RunPlan
     max_train_steps: int
-    seed: int
     max_grad_norm: float  # 0: no clipping
     latents_of: Callable[[Batch], Tensor]  # cached latents, or the VAE's
     learning_rates: Callable[[], dict[str, float]]
@@ -99,7 +98,7 @@ def train(run: Run) -> bool:
             names.extend(batch.names)
             if not place.is_update:
                 continue
-            extras = update(run)
+            extras = update(run, losses)
             measured = StepLosses(
                 place.step, place.epoch, losses, tuple(names), run.learning_rates(), extras, stop.is_set
             )
@@ -111,17 +110,19 @@ def train(run: Run) -> bool:
                 break
             after_step(run, place)
     report(run, run.reader.drain())
-    if run.is_stop_wanted and place is not None and place.step < run.max_train_steps:
-        run.saver.save_interrupted(place.step, place.epoch)
-        return False
-    run.saver.save_final(run.max_train_steps, run.num_epochs)
-    return True
+    is_complete = not run.is_stop_wanted or place is None or place.step == run.max_train_steps
+    with evaluating(run):
+        if is_complete:
+            run.saver.save_final(run.max_train_steps, run.num_epochs)
+        else:
+            run.saver.save_interrupted(place.step, place.epoch)
+    return is_complete
 
 
 def backward(run: Run, batch: Batch, place: Place) -> Tensor:
     """Add the gradient of one micro-batch; return its losses (B,), still on the device."""
     batch = batch.to(run.accelerator.device)
-    draws.seed_batch(run.seed, place.position, run.accelerator.process_index)
+    draws.seed_batch(run.plan.seed, place.position, run.accelerator.process_index)
     with nullcontext() if place.is_update else run.accelerator.no_sync(run.step):
         per_image: Tensor = run.step(batch, run.latents_of(batch))
         # as sd-scripts: a short last group of an epoch is divided by the full accumulation too
@@ -129,14 +130,14 @@ def backward(run: Run, batch: Batch, place: Place) -> Tensor:
     return per_image
 
 
-def update(run: Run) -> dict[str, Tensor]:
+def update(run: Run, losses: list[Tensor]) -> dict[str, Tensor]:
     """Clip, step, schedule, zero; return what the trainee measured, as scalars on the device."""
     extras = run.trainee.before_update()
     if run.max_grad_norm > 0:
         run.accelerator.clip_grad_norm_(run.trainee.trained_parameters(), run.max_grad_norm)
     run.optimizer.step()
     if not run.accelerator.optimizer_step_was_skipped:  # the fp16 scaler skips a step that overflowed
-        run.scheduler.step()
+        schedules.advance(run.scheduler, losses[-1].detach().mean())
     run.optimizer.zero_grad(set_to_none=True)
     return extras | run.trainee.after_update()
 
@@ -150,10 +151,11 @@ def after_step(run: Run, place: Place) -> None:
     is_sample_due = run.sampler is not None and run.sampler.is_due(place.epoch if is_epoch_end else None, place.step)
     if is_save_due or is_epoch_save_due or is_sample_due:
         report(run, run.reader.drain())  # a broken loss must stop the run before it is saved
-    if is_save_due:
-        run.saver.save_step(place.step, place.epoch)
-    if is_epoch_save_due:
-        run.saver.save_epoch(place.epoch, place.step)
+    with evaluating(run) if is_save_due or is_epoch_save_due else nullcontext():
+        if is_save_due:
+            run.saver.save_step(place.step, place.epoch)
+        if is_epoch_save_due:
+            run.saver.save_epoch(place.epoch, place.step)
     if is_sample_due:
         sample(run, place.epoch if is_epoch_end else None, place.step)
     if place.is_epoch_end:
@@ -164,11 +166,21 @@ def after_step(run: Run, place: Place) -> None:
 def sample(run: Run, epoch: int | None, step: int) -> None:
     """Draw the preview pictures; the trainee is in evaluation mode meanwhile."""
     assert run.sampler is not None
-    run.trainee.eval()
-    with torch.no_grad():
+    with evaluating(run), torch.no_grad():
         paths = run.sampler.sample(epoch, step)
-    run.trainee.train()
     run.trackers.log_images(paths, step)
+
+
+@contextmanager
+def evaluating(run: Run) -> Iterator[None]:
+    """Switch dropout off, and give a schedule-free optimizer's averaged weights to the trainee, meanwhile."""
+    run.trainee.eval()
+    optimizers.eval_mode(run.optimizer)
+    try:
+        yield
+    finally:
+        optimizers.train_mode(run.optimizer)
+        run.trainee.train()
 
 
 def report(run: Run, records: Iterable[LossRecord]) -> None:

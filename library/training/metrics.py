@@ -135,6 +135,11 @@ class LossHistory:
             self._sum -= self._recent.popleft()
 
     @property
+    def seconds(self) -> float:
+        """Since the first step began."""
+        return time.monotonic() - self.started_s
+
+    @property
     def average(self) -> float:
         """The mean loss over the last epoch's worth of steps; 0 before the first."""
         return self._sum / len(self._recent) if self._recent else 0.0

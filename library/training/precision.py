@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,3 +36,13 @@ class Precision:
             vae=torch.float32 if no_half_vae else frozen,
             mixed=mixed,
         )
+
+
+def let_scaler_take_half_gradients(scaler: Any) -> None:
+    """Make a gradient scaler accept fp16 gradients, which torch refuses: --full_fp16 has no others."""
+    unscale = scaler._unscale_grads_
+
+    def unscale_half(optimizer: Any, inverse_scale: Any, found_inf: Any, allow_fp16: bool) -> Any:
+        return unscale(optimizer, inverse_scale, found_inf, True)
+
+    scaler._unscale_grads_ = unscale_half

@@ -103,6 +103,10 @@ class NetworkTrainee:
         measured = plugin.limit_norms(self.network, self.options.scale_weight_norms, self.device)
         return {name: torch.as_tensor(value) for name, value in measured.items()}
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Tell the network that the models recompute their activations."""
+        plugin.enable_gradient_checkpointing(self.network)
+
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the network's file."""
         plugin.save(self.network, path, self.save_dtype, metadata)
