@@ -44,6 +44,10 @@ class Compared:
 class Objective(Protocol):
     """Noise, compare, reweigh: the three moments of a training step that depend on the kind of diffusion."""
 
+    def to(self, device: torch.device) -> Objective:
+        """Return the objective with its tables on device."""
+        ...
+
     def noise(
         self, latents: Tensor, generator: torch.Generator | None = None, timesteps: Tensor | None = None
     ) -> Noised:

@@ -110,7 +110,8 @@ def train(run: Run) -> bool:
                 break
             after_step(run, place)
     report(run, run.reader.drain())
-    is_complete = not run.is_stop_wanted or place is None or place.step == run.max_train_steps
+    assert place is not None, "a run has at least one step"
+    is_complete = not run.is_stop_wanted or place.step == run.max_train_steps
     with evaluating(run):
         if is_complete:
             run.saver.save_final(run.max_train_steps, run.num_epochs)

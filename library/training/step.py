@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,17 +13,7 @@ from library import losses, masks
 if TYPE_CHECKING:
     from library.batch import Batch
     from library.models.family import ModelFamily, Parts
-    from library.objectives.objective import Objective
-
-
-@dataclass(frozen=True)
-class ElementLoss:
-    """Which distance is taken between prediction and target."""
-
-    loss_type: str  # "l2", "l1", "huber", "smooth_l1"
-    huber_schedule: str
-    huber_c: float
-    huber_scale: float
+    from library.objectives.objective import HuberOptions, Objective
 
 
 class Step(nn.Module):
@@ -38,7 +27,7 @@ class Step(nn.Module):
         family: ModelFamily,
         parts: Parts,
         objective: Objective,
-        element_loss: ElementLoss,
+        element_loss: HuberOptions,
         trained: tuple[nn.Module, ...],
         *,
         is_text_trained: bool,
@@ -65,6 +54,7 @@ class Step(nn.Module):
         Returns: (B,) float32, weighted by mask, prior loss weight and signal-to-noise ratio.
         """
         noised = self.objective.noise(self.family.latent_space.normalise(latents))
+        assert batch.tokens is not None, "the loader of a run tokenizes"
         with nullcontext() if self.is_text_trained else torch.no_grad():
             text = self.family.encode_text(self.parts, batch.tokens)
         output = self.family.predict(self.parts, noised.noisy, noised.timesteps, text, batch)

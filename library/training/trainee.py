@@ -25,8 +25,12 @@ log = logging.getLogger(__name__)
 class Trainee(Protocol):
     """The trained weights of a run, whatever they are."""
 
-    modules: tuple[nn.Module, ...]
     is_text_trained: bool
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What accelerate prepares."""
+        ...
 
     def parameter_groups(self) -> plugin.OptimizerGroups:
         """Return what the optimizer gets, and the names of the learning rates."""

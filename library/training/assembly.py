@@ -1,0 +1,165 @@
+"""The parts of a run, loaded, put in place and joined."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+
+from library.dataset.plan import RunPlan
+from library.options import public_values
+from library.training import data as training_data
+from library.training import file_metadata, optimizers, schedules, trainee
+from library.training.data import Data
+from library.training.file_metadata import Hashes
+from library.training.loop import Run
+from library.training.metrics import LossHistory, LossReader
+from library.training.painting import Drawing
+from library.training.precision import Precision
+from library.training.sampling import Sampler
+from library.training.saving import Saver, save_dtype
+from library.training.step import Step
+from library.training.trackers import Trackers
+
+if TYPE_CHECKING:
+    from library.cache.store import LatentStore
+    from library.models.family import ModelFamily, Parts
+    from library.options import Options
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a run before any model is loaded."""
+
+    network_module: ModuleType
+    precision: Precision
+    tracker_names: tuple[str, ...]
+    data: Data
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is, before its models are loaded."""
+
+    options: Options
+    family: ModelFamily
+    checked: Checked
+    accelerator: Accelerator
+    plan: RunPlan
+    max_train_steps: int
+    started_at: float  # s since 1970
+
+
+def load(setting: Setting) -> tuple[Parts, LatentStore | None]:
+    """Return the models on the device, and all latents if they are to be cached: the VAE then waits on the CPU."""
+    options, family, device = setting.options, setting.family, setting.accelerator.device
+    checkpoint = options.model.pretrained_model_name_or_path or ""
+    formats = setting.checked.precision
+    parts = family.load(checkpoint, options.model.vae, formats.frozen, formats.vae)
+    log.info("loaded %s", checkpoint)
+    family.set_attention(parts, "xformers" if options.training.xformers else "sdpa")
+    parts.vae.to(device)
+    store = None
+    if options.caching.cache_latents:
+        identity = family.vae_identity(checkpoint, options.model.vae)
+        store = training_data.cache(setting.checked.data, options.caching, family, parts, identity, setting.accelerator)
+        if not options.model.lowram:  # there, models are loaded once and stay
+            parts.vae.to("cpu")
+    for module in (parts.denoiser, *parts.text_encoders):
+        module.to(device)
+    return parts, store
+
+
+def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: Hashes | None) -> Run:
+    """Return the run: the network made and attached, the optimizer and everything else around it."""
+    options, accelerator, plan = setting.options, setting.accelerator, setting.plan
+    trained = trainee.create(
+        setting.checked.network_module,
+        options.network,
+        options.optimizer.learning_rate,
+        setting.family,
+        parts,
+        dtypes=(setting.checked.precision.trained, save_dtype(options.saving.save_precision)),
+        device=accelerator.device,
+    )
+    if options.training.gradient_checkpointing:
+        setting.family.enable_gradient_checkpointing(parts, trained.is_text_trained)
+        trained.enable_gradient_checkpointing()
+    if options.training.torch_compile:
+        compile_blocks(parts, options.training.dynamo_backend)
+    groups = trained.parameter_groups()
+    optimizer = optimizers.create(options.optimizer, groups.groups)
+    optimizers.train_mode(optimizer)
+    objective = setting.family.objective(options.noise, options.loss).to(accelerator.device)
+    step, prepared = accelerator.prepare(
+        Step(setting.family, parts, objective, options.loss, trained.modules, is_text_trained=trained.is_text_trained),
+        optimizer,
+    )
+    trackers = Trackers(accelerator, setting.checked.tracker_names)
+    trackers.open(options.logging, public_values(options))
+    num_epochs = -(-setting.max_train_steps // plan.steps_per_epoch)
+    metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
+    images_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
+    return Run(
+        accelerator=accelerator,
+        step=step,
+        trainee=trained,
+        optimizer=prepared,
+        scheduler=schedules.create(options.schedule, optimizer, setting.max_train_steps),
+        batches=training_data.load(setting.checked.data, options, plan, store, setting.family, setting.max_train_steps),
+        plan=plan,
+        max_train_steps=setting.max_train_steps,
+        max_grad_norm=options.optimizer.max_grad_norm,
+        latents_of=lambda batch: images_of(batch.images, batch.latents),
+        learning_rates=lambda: learning_rates(optimizer, groups.descriptions),
+        saver=Saver(options.saving, trained.save, metadata.at, num_epochs, accelerator.is_main_process),
+        sampler=make_sampler(setting, parts, trained),
+        trackers=trackers,
+        history=LossHistory(plan.steps_per_epoch),
+        reader=LossReader(accelerator.reduce if accelerator.num_processes > 1 else None),
+    )
+
+
+def make_sampler(setting: Setting, parts: Parts, trained: trainee.NetworkTrainee) -> Sampler | None:
+    """Return what draws previews, None where none are wanted."""
+    options, formats = setting.options, setting.checked.precision
+    return Sampler.from_options(
+        options.sampling,
+        options.saving,
+        setting.family,
+        parts,
+        setting.accelerator.device,
+        setting.accelerator.process_index,
+        setting.accelerator.num_processes,
+        Drawing(
+            autocast_dtype=None if formats.mixed == "no" else formats.frozen,
+            prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
+            zero_terminal_snr=options.noise.zero_terminal_snr,
+            modules=trained.modules,
+        ),
+    )
+
+
+def compile_blocks(parts: Parts, backend: str) -> None:
+    """Compile the denoiser's repeated blocks: once for each kind and shape, where whole models take minutes."""
+    denoiser = parts.denoiser
+    denoiser.compile_repeated_blocks(backend=backend)  # type: ignore[operator]
+
+
+def learning_rates(optimizer: Optimizer, descriptions: list[str]) -> dict[str, float]:
+    """Return the rate of each group by name; of optimizers that adapt their rate also what it comes to."""
+    rates = {}
+    for name, group in zip(descriptions, optimizer.param_groups, strict=True):
+        rate = group.get("lr")
+        if rate is None:  # Adafactor with relative steps has none
+            continue
+        rates[name] = float(rate)
+        if isinstance(group.get("d"), float):
+            rates[f"d*lr/{name}"] = group["d"] * float(rate)
+    return rates

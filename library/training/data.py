@@ -1,0 +1,136 @@
+"""The training data of a run: read and checked before any model is loaded, then dealt out in batches."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.dataset import config, latents, plan, problems, scan
+from library.dataset.latents import LatentSettings
+from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
+from library.errors import OptionError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.cache.store import LatentStore
+    from library.dataset.config import DatasetConfig
+    from library.dataset.plan import RunPlan
+    from library.dataset.scan import Sample
+    from library.models.family import ModelFamily, Parts
+    from library.options import Options
+    from library.options.caching import CachingOptions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on."""
+
+    configs: tuple[DatasetConfig, ...]
+    samples: tuple[Sample, ...]
+
+
+def read(options: Options, bucket_step_multiple: int) -> Data:
+    """Return the samples of the run, all of them usable.
+
+    Raises: OptionError or DataError for the first thing that is wrong.
+    """
+    configs = config.load(options.dataset, options.captions, options.masks, bucket_step_multiple=bucket_step_multiple)
+    found = scan.scan(configs)
+    problems.raise_errors(found.problems)
+    problems.log_warnings(found.problems)
+    scan.check_masked_loss(options.masks.masked_loss, found.samples)
+    if options.caching.cache_latents:
+        latents.refuse_uncacheable(configs)
+    if not found.samples:
+        raise OptionError("The dataset has no image to train on: every one was left out.")
+    return Data(configs, found.samples)
+
+
+def make_plan(data: Data, options: Options, seed: int, process: tuple[int, int]) -> RunPlan:
+    """Return the order in which this process (index, number of all) draws the samples."""
+    return plan.make_plan(
+        data.configs,
+        data.samples,
+        seed=seed,
+        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+        process_index=process[0],
+        num_processes=process[1],
+    )
+
+
+def encoder(family: ModelFamily, parts: Parts) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    """Return the VAE's encoder as the cache wants it: the noise of image i is drawn from seeds[i], on the CPU."""
+
+    def encode(images: Tensor, seeds: Sequence[int]) -> Tensor:
+        space = family.latent_space
+        size = (space.channels, images.shape[2] // space.reduction, images.shape[3] // space.reduction)
+        noise = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        vae_dtype = next(parts.vae.parameters()).dtype
+        with torch.no_grad():
+            return family.encode_images(parts, images.to(vae_dtype), noise.to(images.device, vae_dtype))
+
+    return encode
+
+
+def cache(
+    data: Data,
+    options: CachingOptions,
+    family: ModelFamily,
+    parts: Parts,
+    vae_identity: str,
+    accelerator: Accelerator,
+) -> LatentStore:
+    """Return all latents, encoding what is missing with the VAE, which is on the device."""
+    settings = LatentSettings(
+        family=family.name,
+        vae=vae_identity,
+        dtype=next(parts.vae.parameters()).dtype,
+        device=accelerator.device,
+        batch_size=options.vae_batch_size,
+        to_disk=options.cache_latents_to_disk,
+        cache_dir=Path(options.cache_dir) if options.cache_dir else None,
+        skip_check=options.skip_cache_check,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    return latents.build_store(data.samples, settings, encoder(family, parts), wait=accelerator.wait_for_everyone)
+
+
+def latents_of(family: ModelFamily, parts: Parts, batch_size: int) -> Callable[[Tensor | None, Tensor | None], Tensor]:
+    """Return what gives a batch's latents, float32: the cached ones, or the VAE's, batch_size images at a time."""
+    vae_dtype = next(parts.vae.parameters()).dtype
+
+    def get(images: Tensor | None, cached: Tensor | None) -> Tensor:
+        if cached is not None:
+            return cached.float()
+        assert images is not None
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            chunks = [family.encode_images(parts, chunk.to(vae_dtype)) for chunk in images.split(batch_size)]
+        return torch.cat(chunks).float()
+
+    return get
+
+
+def load(
+    data: Data,
+    options: Options,
+    run_plan: RunPlan,
+    store: LatentStore | None,
+    family: ModelFamily,
+    max_train_steps: int,
+) -> BatchLoader:
+    """Return the endless batches of this process."""
+    settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight)
+    images = DrawnImages(data.samples, settings, tokenize=family.tokenize, store=store)
+    num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
+    return make_loader(images, run_plan.batches(), num_workers=num_workers, pin_memory=torch.cuda.is_available())

@@ -1,0 +1,136 @@
+"""What a run tells the user: the line about masks, the contact sheet, and at its end the report."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.dataset import contact_sheet, images, summary
+from library.masks import to_weights
+from library.training import report
+from library.training.file_metadata import facts_of
+from library.training.saving import FINAL_NAME
+
+if TYPE_CHECKING:
+    from library.cache.store import LatentStore
+    from library.metadata import DatasetFacts
+    from library.options import Options
+    from library.options.saving import SavingOptions
+    from library.training.assembly import Setting
+    from library.training.data import Data
+    from library.training.loop import Run
+
+log = logging.getLogger(__name__)
+
+MOST_DECODED = 64  # masks looked at for the mean weight where they are not in a cache
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Collects what the report shows; writes nothing without --report."""
+
+    options: Options
+    facts: DatasetFacts
+    mask_line: str
+    model_facts: Mapping[str, str]
+
+    def write(self, run: Run, *, is_complete: bool) -> Path | None:
+        """Write the report of a run that has ended; return its path, None where none is wanted."""
+        if not self.options.saving.report or not run.accelerator.is_main_process:
+            return None
+        records = run.history.records
+        seconds = run.history.seconds
+        num_images = len(records) * self.facts.num_train_images / max(1, run.plan.steps_per_epoch)
+        sheet = sheet_path(self.options.saving)
+        content = report.ReportData(
+            title=self.options.saving.output_name or FINAL_NAME,
+            losses=[(r.step, r.loss, next(iter(r.learning_rates.values()), 0.0)) for r in records],
+            samples=run.sampler.made if run.sampler is not None else (),
+            mask_line=self.mask_line,
+            mask_sheet=sheet if sheet.exists() else None,
+            dataset=report.dataset_rows(self.facts),
+            options=report.changed_options(self.options),
+            files=run.saver.saved,
+            seconds=seconds,
+            step_s=seconds / len(records) if records else None,
+            images_per_s=num_images / seconds if records and seconds else None,
+            facts=self.model_facts,
+            is_complete=is_complete,
+        )
+        return report.write_report(report.report_path(self.options.saving), content)
+
+
+def sheet_path(options: SavingOptions) -> Path:
+    """Return where the contact sheet of a run goes: beside the model, name-masks.png."""
+    return Path(options.output_dir or ".") / f"{options.output_name or FINAL_NAME}-masks.png"
+
+
+def start(setting: Setting, store: LatentStore | None) -> Reporter:
+    """Tell what the masks do, draw them where a report is wanted, and return what will write it."""
+    data, options = setting.checked.data, setting.options
+    line = tell_masks(data, store)
+    if options.saving.report and setting.accelerator.is_main_process:
+        contact_sheet.draw(data.samples, sheet_path(options.saving))
+    facts = machine_facts(setting.accelerator.device, setting.plan.seed)
+    return Reporter(options, facts_of(options, data, setting.plan), line, facts)
+
+
+def machine_facts(device: torch.device, seed: int) -> dict[str, str]:
+    """Return device, versions, seed and time, for the report."""
+    import accelerate
+    import diffusers
+
+    versions = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "Device": f"{device.type} ({name})",
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Seed": str(seed),
+        "Finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def tell_masks(data: Data, store: LatentStore | None) -> str:
+    """Log and return how many masks of which source are in use, and what they let through."""
+    line = summary.mask_line(data.samples, mean_weight=mean_weight(data, store))
+    log.info("%s", line)
+    return line
+
+
+def mean_weight(data: Data, store: LatentStore | None) -> float | None:
+    """Return the mean weight of the masked images; None without masks.
+
+    Cached masks are all read; otherwise some are decoded, spread over the data, because decoding all would delay the
+    first step.
+    """
+    masked = [index for index, sample in enumerate(data.samples) if sample.mask.kind != "none"]
+    if store is None:
+        chosen = masked[:: max(1, len(masked) // MOST_DECODED)]
+        weights = [images.read_mask_weights(data.samples[index]) for index in chosen]
+        means = [float(each.mean()) for each in weights if each is not None]
+    else:
+        sums = [store.get(index, flip=False)[1] for index in masked]
+        means = [float(to_weights(each).mean()) for each in sums if each is not None]
+    return sum(means) / len(means) if means else None
+
+
+def show_dataset(data: Data, options: SavingOptions) -> None:
+    """Say what training would see, and draw it where an --output_dir is given: --debug_dataset."""
+    for line in summary.lines(data.configs, data.samples):
+        log.info("%s", line)
+    tell_masks(data, None)
+    if options.output_dir:
+        path = contact_sheet.draw(data.samples, sheet_path(options))
+        log.info("contact sheet: %s", path)

@@ -1,0 +1,126 @@
+"""From options to a finished run: everything is checked, then loaded, then trained."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    set_seed,
+)
+
+from library.training import assembly, loop, optimizers, reporting, sampling, saving, schedules, trackers, trainee
+from library.training import data as training_data
+from library.training.assembly import Checked, Setting
+from library.training.file_metadata import Hashes
+from library.training.precision import Precision, let_scaler_take_half_gradients
+
+if TYPE_CHECKING:
+    from library.models.family import ModelFamily
+    from library.options import Options
+    from library.options.training import TrainingOptions
+
+log = logging.getLogger(__name__)
+
+
+def train(options: Options, family: ModelFamily) -> None:
+    """Train a network as the options say.
+
+    Raises: UserError for what is the user's to mend; KeyboardInterrupt after a run that was stopped and saved.
+    """
+    if options.dataset.debug_dataset:
+        reporting.show_dataset(training_data.read(options, family.bucket_step_multiple), options.saving)
+        return
+    started_at = time.time()
+    checked = check(options, family)
+    accelerator = make_accelerator(options, checked)
+    seed = common_seed(options.training.seed)
+    set_seed(seed)
+    log.info("seed %d, %d process(es), device %s", seed, accelerator.num_processes, accelerator.device)
+    process = (accelerator.process_index, accelerator.num_processes)
+    plan = training_data.make_plan(checked.data, options, seed, process)
+    max_train_steps = total_steps(options.training, plan.steps_per_epoch)
+    setting = Setting(options, family, checked, accelerator, plan, max_train_steps, started_at)
+    hashes = None
+    if accelerator.is_main_process:  # the only one that saves
+        hashes = Hashes.start(options.model.pretrained_model_name_or_path or "", options.model.vae)
+    parts, store = assembly.load(setting)
+    reporter = reporting.start(setting, store)
+    run = assembly.assemble(setting, parts, store, hashes)
+    log.info(
+        "training: %d steps, %d epochs of %d batches, accumulated over %d",
+        max_train_steps,
+        run.num_epochs,
+        plan.batches_per_epoch,
+        plan.gradient_accumulation_steps,
+    )
+    is_complete = loop.train(run)
+    run.trackers.close()
+    reporter.write(run, is_complete=is_complete)
+    if not is_complete:
+        raise KeyboardInterrupt
+
+
+def check(options: Options, family: ModelFamily) -> Checked:
+    """Return what can be known without loading a model; whatever is wrong by then is said now.
+
+    Raises: UserError.
+    """
+    network_module = trainee.check(options.network)
+    optimizers.check(options.optimizer)
+    schedules.check(options.schedule)
+    sampling.check(options.sampling)
+    saving.check_output(options.saving)
+    formats = Precision.of(
+        options.training.mixed_precision,
+        full_fp16=options.training.full_fp16,
+        full_bf16=options.training.full_bf16,
+        no_half_vae=options.model.no_half_vae,
+    )
+    tracker_names = trackers.wanted(options.logging)
+    data = training_data.read(options, family.bucket_step_multiple)
+    # over one weight: finds what only the optimizer's and the schedule's own code can tell
+    schedules.create(options.schedule, optimizers.rehearse(options.optimizer), options.training.max_train_steps)
+    return Checked(network_module, formats, tracker_names, data)
+
+
+def make_accelerator(options: Options, checked: Checked) -> Accelerator:
+    """Return accelerate's view of the machine: device, processes, precision, trackers."""
+    training = options.training
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=training.ddp_gradient_as_bucket_view, static_graph=training.ddp_static_graph
+        )
+    ]
+    if training.ddp_timeout is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=training.ddp_timeout)))
+    accelerator = Accelerator(
+        mixed_precision=checked.precision.mixed,
+        log_with=list(checked.tracker_names) or None,
+        project_dir=trackers.log_dir(options.logging),
+        kwargs_handlers=handlers,
+    )
+    if training.full_fp16:
+        let_scaler_take_half_gradients(accelerator.scaler)
+    return accelerator
+
+
+def common_seed(given: int | None) -> int:
+    """Return the seed of the run, drawn by the first process where none is given."""
+    seeds = [given if given is not None else random.SystemRandom().getrandbits(32)]
+    broadcast_object_list(seeds)
+    return seeds[0]
+
+
+def total_steps(options: TrainingOptions, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of the run; --max_train_epochs decides where it is given."""
+    if options.max_train_epochs is None:
+        return options.max_train_steps
+    return options.max_train_epochs * steps_per_epoch
