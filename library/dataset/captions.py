@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,20 @@ def compose(
     if subset.secondary_separator:
         caption = caption.replace(subset.secondary_separator, subset.caption_separator)
     return caption
+
+
+def preview(lines: Sequence[str], subset: SubsetConfig) -> str:
+    """Return all lines of a caption as far as they do not depend on chance, epoch or step."""
+    fixed = replace(
+        subset,
+        enable_wildcard=False,
+        shuffle_caption=False,
+        token_warmup_step=0,
+        caption_dropout_rate=0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0,
+    )
+    return "\n".join(compose([line], fixed, random.Random(0), epoch=1, step=0, max_train_steps=1) for line in lines)
 
 
 def _draw_wildcards(caption: str, rng: random.Random) -> str:

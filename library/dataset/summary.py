@@ -1,0 +1,168 @@
+"""What a dataset holds, in numbers: for the metadata of saved files, for messages, and for the eye."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from library.dataset import captions
+from library.dataset.config import DatasetConfig, SubsetConfig
+from library.dataset.geometry import Size
+from library.dataset.plan import group_by_bucket
+from library.dataset.scan import Sample
+
+COLUMN = 12  # characters, of a bucket's size
+
+
+def describe(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Return what a saved file says about each dataset (ss_datasets), as plain values that JSON can hold."""
+    return [
+        _describe_dataset(config, [sample for sample in samples if sample.dataset == number])
+        for number, config in enumerate(configs)
+    ]
+
+
+def _describe_dataset(config: DatasetConfig, samples: Sequence[Sample]) -> dict[str, Any]:
+    is_bucketed = config.enable_bucket
+    return {
+        "is_dreambooth": True,
+        "batch_size_per_device": config.batch_size,
+        "num_train_images": sum(sample.num_repeats for sample in samples if not sample.is_reg),
+        "num_reg_images": sum(sample.num_repeats for sample in samples if sample.is_reg),
+        "resolution": list(config.resolution),
+        "enable_bucket": is_bucketed,
+        "min_bucket_reso": config.min_bucket_reso if is_bucketed else None,
+        "max_bucket_reso": config.max_bucket_reso if is_bucketed else None,
+        "tag_frequency": captions.tag_frequency(samples),
+        "bucket_info": bucket_info(samples) if is_bucketed else None,
+        "resize_interpolation": config.resize_interpolation,
+        "subsets": [
+            _describe_subset(subset, sum(sample.subset == subset for sample in samples)) for subset in config.subsets
+        ],
+    }
+
+
+def _describe_subset(subset: SubsetConfig, num_images: int) -> dict[str, Any]:
+    return {
+        "img_count": num_images,
+        "num_repeats": subset.num_repeats,
+        "color_aug": subset.color_aug,
+        "flip_aug": subset.flip_aug,
+        "random_crop": subset.random_crop,
+        "shuffle_caption": subset.shuffle_caption,
+        "keep_tokens": subset.keep_tokens,
+        "keep_tokens_separator": subset.keep_tokens_separator,
+        "secondary_separator": subset.secondary_separator,
+        "enable_wildcard": subset.enable_wildcard,
+        "caption_prefix": subset.caption_prefix,
+        "caption_suffix": subset.caption_suffix,
+        "resize_interpolation": subset.resize_interpolation,
+        "image_dir": subset.image_dir.name,
+        "class_tokens": subset.class_tokens,
+        "is_reg": subset.is_reg,
+    }
+
+
+def bucket_info(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the buckets with their numbers of images, repeats counted, and the mean change of aspect by cutting."""
+    counts = bucket_counts(samples)
+    errors = [abs(_aspect(sample.transform.target) - _aspect(sample.transform.source)) for sample in samples]
+    return {
+        "buckets": {
+            str(number): {"resolution": list(size), "count": count}
+            for number, (size, count) in enumerate(counts.items())
+        },
+        "mean_img_ar_error": sum(errors) / len(errors) if errors else 0.0,
+    }
+
+
+def bucket_counts(samples: Iterable[Sample]) -> dict[Size, int]:
+    """Return the number of images of each size, repeats counted, by width, then height."""
+    counts: Counter[Size] = Counter()
+    for sample in samples:
+        counts[sample.transform.target] += sample.num_repeats
+    return dict(sorted(counts.items()))
+
+
+def _aspect(size: Size) -> float:
+    return size[0] / size[1]
+
+
+def mask_line(samples: Sequence[Sample], *, mean_weight: float | None = None) -> str:
+    """Return one line that says how many masks of which source are in use, and which colour is learnt.
+
+    Args:
+        samples: all that is trained on.
+        mean_weight: of the masked images, in [0, 1]; None where the masks have not been read.
+    """
+    kinds = Counter(sample.mask.kind for sample in samples)
+    num_masked = kinds["file"] + kinds["alpha"]
+    if not num_masked:
+        return f"masks: none; all {len(samples)} images are learnt whole"
+    sources = [f"{kinds['file']} file{'s' * (kinds['file'] != 1)}"] if kinds["file"] else []
+    sources += [f"{kinds['alpha']} alpha"] if kinds["alpha"] else []
+    mean = f", mean weight {mean_weight:.2f}" if mean_weight is not None else ""
+    unmasked = f", {kinds['none']} unmasked" if kinds["none"] else ""
+    return (
+        f"masks: {num_masked} of {len(samples)} images ({', '.join(sources)}){mean}{unmasked}; "
+        "white (255) is learnt, black (0) is not"
+    )
+
+
+def lines(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[str]:
+    """Return what training would see, in words: datasets, subsets and buckets, a line each."""
+    buckets = group_by_bucket(configs, samples)
+    told = []
+    for number, config in enumerate(configs):
+        own = [sample for sample in samples if sample.dataset == number]
+        told.append(
+            f"dataset {number}: {_size(config.resolution)}, {_buckets_in_words(config)}, batch size {config.batch_size}"
+        )
+        told += [
+            _subset_line(subset, [sample for sample in own if sample.subset == subset]) for subset in config.subsets
+        ]
+        for bucket in buckets:
+            if bucket.dataset == number:
+                told.append(
+                    f"  bucket {_size(bucket.size):<{COLUMN}} {_number(len(bucket.samples), 'image')}, "
+                    f"{bucket.num_draws} with repeats, {_number(bucket.num_batches, 'batch', 'batches')}"
+                )
+    num_draws = sum(bucket.num_draws for bucket in buckets)
+    num_batches = sum(bucket.num_batches for bucket in buckets)
+    told.append(
+        f"an epoch: {_number(len(samples), 'image')}, {num_draws} with repeats, in "
+        f"{_number(num_batches, 'batch', 'batches')}"
+    )
+    turned = sum(sample.orientation != 1 for sample in samples)
+    if turned:
+        told.append(f"turned upright as their EXIF orientation says: {_number(turned, 'image')}")
+    return told
+
+
+def _buckets_in_words(config: DatasetConfig) -> str:
+    if not config.enable_bucket:
+        return "no buckets"
+    limits = "nothing is enlarged"
+    if not config.bucket_no_upscale:
+        limits = f"sides from {config.min_bucket_reso} to {config.max_bucket_reso}"
+    return f"buckets in steps of {config.bucket_reso_steps}, {limits}"
+
+
+def _subset_line(subset: SubsetConfig, samples: Sequence[Sample]) -> str:
+    kinds = Counter(sample.mask.kind for sample in samples)
+    masks = [f"masks from {subset.conditioning_data_dir}: {kinds['file']}"] if subset.conditioning_data_dir else []
+    masks += [f"alpha masks: {kinds['alpha']}"] if subset.alpha_mask else []
+    kind = "regularisation, " if subset.is_reg else ""
+    return (
+        f"  subset {subset.index}: {subset.image_dir}: {kind}{_number(len(samples), 'image')} "
+        f"with {_number(subset.num_repeats, 'repeat')}, {'; '.join(masks) or 'no masks'}"
+    )
+
+
+def _number(count: int, one: str, several: str = "") -> str:
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
+def _size(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
