@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.cache import latents as entries
 from library.cache.latents import CachedLatents
-from library.masks import MaskKind, Sums
+from library.masks import FULL, MaskKind, Sums
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,10 @@ class LatentStore:
         if flip and mask is not None:
             mask = np.ascontiguousarray(mask[:, ::-1])
         return latents, mask
+
+    def mean_mask_weight(self) -> float | None:
+        """Return the mean weight of the samples that have a mask; None if none has one. Raises: DataError."""
+        places = {id(stored.place): index for index, stored in enumerate(self._stored) if stored.mask_kind != "none"}
+        masks = [self.get(index, flip=False)[1] for index in places.values()]  # samples that share an entry: once
+        means = [mask.mean(dtype=np.float64) / FULL for mask in masks if mask is not None]
+        return float(np.mean(means)) if means else None
