@@ -49,7 +49,7 @@ def check_output(options: SavingOptions) -> Path:
     if not options.output_dir:
         raise OptionError("--output_dir is missing: say in which folder the result is to be saved.")
     name = options.output_name
-    if name is not None and (not name.strip() or Path(name).name != name or "\\" in name):
+    if name is not None and (not name.strip() or Path(name).name != name or "\\" in name or name == ".."):
         raise OptionError(f"--output_name must be a plain file name, got '{name}'. Put folders in --output_dir.")
     folder = Path(options.output_dir)
     try:
@@ -84,16 +84,17 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+# how safetensors and torch (whose zip writer has no error of its own) tell of a full disk
+WRITE_FAILURES = ("I/O error", "IoError", "No space left", "os error", "iostream error", "inline_container")
+
+
 def _is_write_failure(error: Exception) -> bool:
     """Return whether a writer's own error wraps one of the operating system: a full disk, a file too large."""
-    text = str(error)
-    return any(
-        sign in text for sign in ("I/O error", "IoError", "Io(", "No space left", "os error", "file write failed")
-    )
+    return any(sign in str(error) for sign in WRITE_FAILURES)
 
 
 def _cannot_save(path: Path, error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
     try:
         free = f" {shutil.disk_usage(path.parent).free / 1e6:,.0f} MB are free there."
     except OSError:
