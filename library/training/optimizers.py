@@ -150,13 +150,15 @@ def create(options: OptimizerOptions, parameter_groups: Iterable[Mapping[str, An
 
     Raises: OptionError for arguments or learning rates that the optimizer refuses.
     """
-    groups = [dict(group) for group in parameter_groups]
+    groups = [{"lr": options.learning_rate, **group} for group in parameter_groups]
     factory, given = resolve(name_of(options)), arguments(options)
     if factory.adapts_rate:
-        check_adapted_rates(factory.name, {group.get("lr", options.learning_rate) for group in groups})
+        check_adapted_rates(factory.name, {group["lr"] for group in groups})
     if factory.name == "Adafactor":
         advise_on_adafactor(given, options.max_grad_norm)
-    return build(factory, given, groups, options.learning_rate)
+    # every group has its rate; the default only has to be one that the class accepts, and many refuse 0
+    default = options.learning_rate or 1.0
+    return build(factory, given, groups, default)
 
 
 def rehearse(options: OptimizerOptions) -> Optimizer:
@@ -167,7 +169,7 @@ def rehearse(options: OptimizerOptions) -> Optimizer:
     import torch
 
     toy = torch.nn.Parameter(torch.zeros(2, 2))
-    return build(resolve(name_of(options)), arguments(options), [{"params": [toy]}], options.learning_rate)
+    return build(resolve(name_of(options)), arguments(options), [{"params": [toy]}], options.learning_rate or 1.0)
 
 
 def build(factory: Factory, given: dict[str, Any], groups: list[dict[str, Any]], learning_rate: float) -> Optimizer:

@@ -104,12 +104,14 @@ def create(options: ScheduleOptions, optimizer: Optimizer, max_train_steps: int)
     return build(options, optimizer, max_train_steps)
 
 
-def rehearse(options: ScheduleOptions, optimizer: Optimizer, max_train_steps: int) -> None:
+def rehearse(options: ScheduleOptions, optimizer: Optimizer) -> None:
     """Build the scheduler once over a toy, from `optimizers.rehearse`: finds mistakes before any model is loaded.
+
+    The run's length is often not known by then, so that a warm-up of any number of steps passes.
 
     Raises: OptionError.
     """
-    build(options, optimizer, max_train_steps)
+    build(options, optimizer, max_train_steps=10**12)
 
 
 def build(options: ScheduleOptions, optimizer: Optimizer, max_train_steps: int) -> Any:

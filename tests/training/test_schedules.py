@@ -322,18 +322,27 @@ def test_wrong_schedules_are_refused_before_anything_is_built(options, message):
             "reduce_lr_on_plateau refuses",
         ),
         ({"lr_scheduler": "polynomial", "lr_scheduler_args": ("lr_end=2.0",)}, "must be above lr_end"),
-        (
-            {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 60, "lr_decay_steps": 60},
-            "more than the 100 steps",
-        ),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 0.6, "lr_decay_steps": 0.6}, "Make them shorter"),
     ],
 )
 def test_what_only_a_rehearsal_shows_is_refused(options, message):
     toy = optimizers.rehearse(OptimizerOptions(learning_rate=1.0))
     with pytest.raises(OptionError, match=message):
-        schedules.rehearse(Options(**options), toy, 100)
+        schedules.rehearse(Options(**options), toy)
 
 
 def test_warm_up_is_refused_for_an_adafactor_that_sets_its_own_rate():
     with pytest.raises(OptionError, match="warmup_init=True"):
         schedules.create(Options(lr_scheduler="linear", lr_warmup_steps=5), adafactor(), 100)
+
+
+def test_a_warm_up_and_decay_longer_than_the_run_are_refused():
+    options = Options(lr_scheduler="warmup_stable_decay", lr_warmup_steps=60, lr_decay_steps=60)
+    schedules.rehearse(options, sgd())  # the run's length is not known yet
+    with pytest.raises(OptionError, match="more than the 100 steps"):
+        schedules.create(options, sgd(), 100)
+
+
+def test_a_rehearsal_says_nothing(caplog):
+    schedules.rehearse(Options(lr_scheduler="cosine"), adafactor())
+    assert caplog.text == ""
