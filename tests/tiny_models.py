@@ -6,8 +6,8 @@ from pathlib import Path
 
 from examples.embedded_model.make import Size, write, write_diffusers
 
-SD15 = Size(unet=(32, 64, 32, 32), vae=(32, 64, 32, 32), text=32)
-SD21 = Size(unet=(32, 64, 32, 32), vae=(32, 64, 32, 32), text=32, text_layers=23, v2=True)
+SD15 = Size(unet=(64, 32, 64, 64), vae=(32, 64, 32, 32), text=32)
+SD21 = Size(unet=(64, 32, 64, 64), vae=(32, 64, 32, 32), text=32, text_layers=23, v2=True)
 
 
 @functools.cache

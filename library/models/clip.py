@@ -17,28 +17,19 @@ OPENCLIP_LAYERS = 24  # OpenCLIP ViT-H as SD 2.x carries it whole; trainers writ
 HEAD_WIDTH = 64  # of every CLIP text encoder that SD uses
 
 
-def build(file: TensorSource, dtype: torch.dtype) -> nn.Module:
-    """Return SD 1.x's text encoder with the file's weights, its size read from the tensors' shapes.
+def build(file: TensorSource, dtype: torch.dtype, config: Any = None) -> nn.Module:
+    """Return a text encoder with the weights of a file in transformers' layout.
 
     Args:
         file: names start at "embeddings.", or at "text_model.embeddings.".
         dtype: of the weights in memory.
+        config: transformers' CLIPTextConfig; None: SD 1.x's, with the size read from the tensors' shapes.
 
     Raises:
         CheckpointError: tensors are missing or of a wrong shape.
     """
     nested = layout.NESTED if f"{layout.NESTED}{TOKEN_EMBEDDING}" in file.shapes else ""
-    layers = _count_layers(file, f"{nested}encoder.layers.{{}}.mlp.fc1.weight")
-    first = f"{nested}encoder.layers.0.mlp.fc1.weight"
-    positions = f"{nested}{POSITION_EMBEDDING}"
-    require(file, (f"{nested}{TOKEN_EMBEDDING}", positions, first), "text encoder")
-    module = _empty(
-        vocabulary=file.shapes[f"{nested}{TOKEN_EMBEDDING}"][0],
-        positions=file.shapes[positions][0],
-        fc1=file.shapes[first],
-        layers=layers,
-        activation="quick_gelu",
-    )
+    module = _empty(config or _config_of(file, nested))
     names = {name: nested + name.removeprefix(layout.NESTED) for name in module.state_dict()}
     require(file, names.values(), "text encoder")
     tensors = ((name, file.read(stored)) for name, stored in names.items())
@@ -60,13 +51,14 @@ def build_openclip(file: TensorSource, dtype: torch.dtype) -> nn.Module:
     layers = stored_layers - 1 if stored_layers == OPENCLIP_LAYERS else stored_layers
     first = "transformer.resblocks.0.mlp.c_fc.weight"
     require(file, ("token_embedding.weight", "positional_embedding", first), "text encoder")
-    module = _empty(
+    config = _config(
         vocabulary=file.shapes["token_embedding.weight"][0],
         positions=file.shapes["positional_embedding"][0],
         fc1=file.shapes[first],
         layers=layers,
         activation="gelu",
     )
+    module = _empty(config)
     table = layout.openclip_table(layers)
     names = {name: name.removeprefix(layout.NESTED) for name in module.state_dict()}
     sources = {name: layout.fused_source(canonical) for name, canonical in names.items()}
@@ -95,12 +87,26 @@ def _count_layers(file: TensorSource, pattern: str) -> int:
     return layers
 
 
-def _empty(vocabulary: int, positions: int, fc1: tuple[int, ...], layers: int, activation: str) -> nn.Module:
-    """Return a CLIPTextModel on the meta device; fc1 is the (inner width, width) of its first MLP."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def _config_of(file: TensorSource, nested: str) -> Any:
+    """Return the configuration of SD 1.x's text encoder that fits the file's tensors."""
+    tokens, positions = f"{nested}{TOKEN_EMBEDDING}", f"{nested}{POSITION_EMBEDDING}"
+    pattern = f"{nested}encoder.layers.{{}}.mlp.fc1.weight"
+    require(file, (tokens, positions, pattern.format(0)), "text encoder")
+    return _config(
+        vocabulary=file.shapes[tokens][0],
+        positions=file.shapes[positions][0],
+        fc1=file.shapes[pattern.format(0)],
+        layers=_count_layers(file, pattern),
+        activation="quick_gelu",
+    )
+
+
+def _config(vocabulary: int, positions: int, fc1: tuple[int, ...], layers: int, activation: str) -> Any:
+    """Return a CLIPTextConfig; fc1 is the (inner width, width) of the first MLP."""
+    from transformers import CLIPTextConfig
 
     inner_width, width = fc1
-    config = CLIPTextConfig(
+    return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=inner_width,
@@ -113,6 +119,12 @@ def _empty(vocabulary: int, positions: int, fc1: tuple[int, ...], layers: int, a
         eos_token_id=EOS,
         pad_token_id=EOS,
     )
+
+
+def _empty(config: Any) -> nn.Module:
+    """Return a CLIPTextModel on the meta device."""
+    from transformers import CLIPTextModel
+
     return build_on_meta(lambda: CLIPTextModel(config))
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from library.batch import Batch
+from library.objectives.objective import Objective
+
+if TYPE_CHECKING:
+    from library.options.loss import LossOptions
+    from library.options.noise import NoiseOptions
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,14 @@ class ModelFamily(Protocol):
 
     name: str  # "sd": cache suffix, metadata
     latent_space: LatentSpace
+    bucket_step_multiple: int  # what the sides of a bucket are multiples of
+
+    @property
+    def base_model_version(self) -> str:
+        """The name of the base model in the metadata of files, "sd_v1"."""
+
+    def objective(self, noise: NoiseOptions, loss: LossOptions) -> Objective:
+        """Return how latents are noised, and what the denoiser's output is compared with."""
 
     def load(
         self, checkpoint: str, vae_path: str | None, dtype: torch.dtype, vae_dtype: torch.dtype | None = None

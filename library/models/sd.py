@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from library.batch import Batch
 from library.errors import CheckpointError
-from library.models import clip, clip_tokens, unet, vae
-from library.models.checkpoint import PICKLED, Prefixed, TensorSource, has_prefix, open_tensors
+from library.models import clip, clip_tokens, folders, unet, vae
+from library.models.checkpoint import Prefixed, TensorSource, has_prefix, open_tensors
 from library.models.family import LatentSpace, LoraTarget, Parts
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
 from library.models.prompt_weights import parse
+from library.objectives.ddpm import Ddpm
+
+if TYPE_CHECKING:
+    from library.options.loss import LossOptions
+    from library.options.noise import NoiseOptions
 
 SCALE = 0.18215  # v1-inference.yaml and v2-inference.yaml, scale_factor
-VAE_WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.bin",
-)
 OTHER_FAMILIES = (  # (a part of a tensor's name, what such a file is, its training script)
     ("conditioner.embedders.", "an SDXL model", "sdxl_train_network.py"),
     ("joint_blocks.", "a Stable Diffusion 3 model", "sd3_train_network.py"),
 )
-OTHER_PIPELINES = {
-    "StableDiffusionXLPipeline": OTHER_FAMILIES[0],
-    "StableDiffusion3Pipeline": OTHER_FAMILIES[1],
-}
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,7 @@ class Sd:
 
     name = "sd"
     latent_space = LatentSpace(channels=4, scale=SCALE)
+    bucket_step_multiple = 64  # the U-Net halves latents three times
 
     @classmethod
     def from_options(cls, options: Any) -> Sd:
@@ -79,11 +75,12 @@ class Sd:
             CheckpointError: says what is wrong with the file and what to do.
         """
         vae_dtype = vae_dtype or dtype
-        if _is_file(checkpoint):
+        if folders.is_file(checkpoint):
             denoiser, text_encoder = self._load_file(Path(checkpoint), dtype)
         else:
             denoiser, text_encoder = self._load_folder(checkpoint, dtype)
-        return Parts(denoiser, (text_encoder,), _load_vae(vae_path or checkpoint, vae_dtype))
+        vae_file = open_tensors(folders.vae_file(vae_path or checkpoint))
+        return Parts(denoiser, (text_encoder,), vae.build(vae_file, vae_dtype))
 
     def _load_file(self, path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
         """Return the U-Net and the text encoder of a checkpoint in the original layout."""
@@ -100,27 +97,11 @@ class Sd:
 
     def _load_folder(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
         """Return the U-Net and the text encoder of a diffusers folder or hub id."""
-        _check_pipeline(Path(checkpoint))
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextModel
-
-        try:
-            loaded: Any = CLIPTextModel.from_pretrained(checkpoint, subfolder="text_encoder", output_loading_info=True)
-            text_encoder, info = loaded
-            denoiser: Any = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", torch_dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise _not_found(checkpoint, error) from error
-        missing = [name for name in info["missing_keys"] if not name.endswith("position_ids")]
-        if missing:
-            raise CheckpointError(
-                f"{checkpoint}: {len(missing)} text encoder tensors are missing (first: "
-                f"{', '.join(sorted(missing)[:3])}). The folder is incomplete or from an unknown diffusers version."
-            )
+        folder = folders.model_folder(checkpoint)
+        text_encoder: Any = folders.load_text_encoder(folder, dtype)
         # the activation is what tells the two text encoders apart at any size
         self._check_version(text_encoder.config.hidden_act != "quick_gelu", checkpoint)
-        for module in (denoiser, text_encoder):
-            module.to(dtype).requires_grad_(False).eval()
-        return denoiser, text_encoder
+        return folders.load_denoiser(folder, dtype), text_encoder
 
     def _check_version(self, found_v2: bool, checkpoint: str) -> None:
         """Raise CheckpointError where the checkpoint is SD 2.x without --v2, or SD 1.x with it."""
@@ -135,7 +116,7 @@ class Sd:
         Raises:
             CheckpointError: the file is not there, not readable or holds no VAE.
         """
-        return vae.fingerprint(open_tensors(_vae_file(vae_path or checkpoint)))
+        return vae.fingerprint(open_tensors(folders.vae_file(vae_path or checkpoint)))
 
     # ---- text --------------------------------------------------------------------------------------------------
     @property
@@ -209,6 +190,15 @@ class Sd:
         return parts.denoiser(noisy, timesteps, encoder_hidden_states=text).sample
 
     # ---- training ----------------------------------------------------------------------------------------------
+    @property
+    def base_model_version(self) -> str:
+        """The name of the base model in files: sd_v1 or sd_v2, with _v for velocity prediction."""
+        return ("sd_v2" if self.v2 else "sd_v1") + ("_v" if self.v_parameterization else "")
+
+    def objective(self, noise: NoiseOptions, loss: LossOptions) -> Ddpm:
+        """Return how latents are noised and what the U-Net's output is compared with."""
+        return Ddpm.from_options(noise, loss, self.v_parameterization)
+
     def lora_targets(self, parts: Parts) -> Iterator[LoraTarget]:
         """Yield every module that a LoRA can adapt, in the order of LoRA files: text encoder, then U-Net."""
         return lora_targets_of(parts.text_encoders, parts.denoiser)
@@ -259,12 +249,6 @@ def original_tensors(parts: Parts, v2: bool) -> dict[str, Tensor]:
     )
 
 
-def _is_file(checkpoint: str) -> bool:
-    """Say whether this names a model file, present or missing, rather than a folder or a hub id."""
-    path = Path(checkpoint)
-    return path.is_file() or (not path.is_dir() and path.suffix in (".safetensors", *PICKLED))
-
-
 def _check_family(file: TensorSource) -> None:
     """Raise CheckpointError where the file is not an SD 1.x or 2.x checkpoint, and name the right script."""
     for part, kind, script in OTHER_FAMILIES:
@@ -279,73 +263,3 @@ def _check_family(file: TensorSource) -> None:
             f"{file.path}: holds no U-Net (no tensor starts with {unet_layout.PREFIX}). "
             "Give a full Stable Diffusion checkpoint."
         )
-
-
-def _check_pipeline(folder: Path) -> None:
-    """Raise CheckpointError where a local folder holds another family, or no pipeline at all."""
-    if not folder.is_dir():
-        return
-    try:
-        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        if (folder / "unet").is_dir() and (folder / "text_encoder").is_dir():
-            return
-        raise CheckpointError(
-            f"{folder}: is not a diffusers model folder (no model_index.json). Give that folder or a model file."
-        ) from error
-    if kind in OTHER_PIPELINES:
-        _, what, script = OTHER_PIPELINES[kind]
-        raise CheckpointError(f"{folder}: is {what}. Train it with {script}.")
-
-
-def _not_found(name: str, error: Exception) -> CheckpointError:
-    """Return the error for a folder or hub id that cannot be loaded."""
-    reason = str(error).strip().partition("\n")[0]
-    if Path(name).is_dir():
-        return CheckpointError(f"{name}: cannot be loaded as a diffusers folder ({reason}).")
-    return CheckpointError(
-        f"{name}: neither a file nor a folder, and not loadable from the Hugging Face hub ({reason}). "
-        "Check the path, or the connection if it is a hub id."
-    )
-
-
-def _load_vae(name: str, dtype: torch.dtype) -> nn.Module:
-    """Return the VAE of a file, a folder (its own or a whole model's) or a hub id."""
-    if _is_file(name):
-        return vae.build(open_tensors(Path(name)), dtype)
-    from diffusers import AutoencoderKL
-
-    folder = Path(name)
-    inside = [None] if folder.is_dir() and not (folder / "vae").is_dir() else ["vae", None]
-    for position, subfolder in enumerate(inside):
-        try:
-            module = AutoencoderKL.from_pretrained(name, subfolder=subfolder, torch_dtype=dtype)
-        except (OSError, ValueError) as error:
-            if position == len(inside) - 1:
-                raise _not_found(name, error) from error
-        else:
-            return module.requires_grad_(False).eval()
-    raise AssertionError(inside)
-
-
-def _vae_file(name: str) -> Path:
-    """Return the file that holds a VAE's weights, for a file, a folder or a hub id (fetched if it is not cached)."""
-    if _is_file(name):
-        return Path(name)
-    candidates = [f"{place}{weights}" for place in ("vae/", "") for weights in VAE_WEIGHTS]
-    if Path(name).is_dir():
-        present = [path for path in (Path(name) / candidate for candidate in candidates) if path.is_file()]
-        if present:
-            return present[0]
-        raise CheckpointError(f"{name}: holds no VAE weights (looked for vae/{VAE_WEIGHTS[0]} and {VAE_WEIGHTS[0]}).")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    reason: Exception | None = None
-    for candidate in candidates:
-        try:
-            return Path(hf_hub_download(name, candidate))
-        except (OSError, HfHubHTTPError, HFValidationError) as error:  # the next name may be the one it has
-            reason = reason or error
-    assert reason is not None
-    raise _not_found(name, reason)

@@ -1,0 +1,136 @@
+"""Models as diffusers folders, on disk or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.errors import CheckpointError
+from library.models import clip
+from library.models.checkpoint import PICKLED, open_tensors
+
+DENOISER_WEIGHTS = "diffusion_pytorch_model"
+TEXT_ENCODER_WEIGHTS = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model.fp16.bin")
+VAE_WEIGHTS = tuple(f"{DENOISER_WEIGHTS}{end}" for end in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"))
+OTHER_PIPELINES = {  # what such a folder is, and its training script
+    "StableDiffusionXLPipeline": ("an SDXL model", "sdxl_train_network.py"),
+    "StableDiffusion3Pipeline": ("a Stable Diffusion 3 model", "sd3_train_network.py"),
+}
+
+
+def is_file(name: str) -> bool:
+    """Say whether this names a model file, present or missing, rather than a folder or a hub id."""
+    path = Path(name)
+    return path.is_file() or (not path.is_dir() and path.suffix in (".safetensors", *PICKLED))
+
+
+def model_folder(name: str) -> Path:
+    """Return the local folder of a diffusers model; a hub id is fetched into the hub's own cache.
+
+    Raises:
+        CheckpointError: not there, or a model of another family.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from diffusers import StableDiffusionPipeline
+
+        unneeded: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+        try:
+            folder = Path(StableDiffusionPipeline.download(name, **unneeded))
+        except (OSError, ValueError) as error:
+            raise _not_found(name, error) from error
+    _check_pipeline(folder)
+    return folder
+
+
+def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Return the U-Net of a diffusers folder."""
+    from diffusers import UNet2DConditionModel
+
+    plain = any((folder / "unet").glob(f"{DENOISER_WEIGHTS}[.-][!f]*"))  # one file, or the first of several
+    try:
+        denoiser: Any = UNet2DConditionModel.from_pretrained(
+            folder, subfolder="unet", torch_dtype=dtype, variant=None if plain else "fp16", local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its U-Net cannot be loaded ({_first_line(error)}).") from error
+    return denoiser.requires_grad_(False).eval()
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Return the text encoder of a diffusers folder, whichever transformers wrote its names.
+
+    Raises:
+        CheckpointError: weights or configuration are missing or do not fit.
+    """
+    from transformers import CLIPTextConfig
+
+    place = folder / "text_encoder"
+    weights = _first_file(place, TEXT_ENCODER_WEIGHTS, "text encoder")
+    try:
+        config = CLIPTextConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{place}: config.json cannot be read ({_first_line(error)}).") from error
+    return clip.build(open_tensors(weights), dtype, config)
+
+
+def vae_file(name: str) -> Path:
+    """Return the file with a VAE's weights, for a file, a folder (its own or a whole model's) or a hub id.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if is_file(name):
+        return Path(name)
+    folder = Path(name)
+    if folder.is_dir():
+        return _first_file(folder / "vae" if (folder / "vae").is_dir() else folder, VAE_WEIGHTS, "VAE")
+    from huggingface_hub import hf_hub_download
+
+    reasons: list[Exception] = []
+    for candidate in (f"{place}{weights}" for place in ("vae/", "") for weights in VAE_WEIGHTS):
+        try:
+            return Path(hf_hub_download(name, candidate))
+        except (OSError, ValueError) as error:  # the repository may have the next one
+            reasons.append(error)
+    raise _not_found(name, reasons[0])
+
+
+def _first_file(folder: Path, names: tuple[str, ...], part: str) -> Path:
+    """Return the first of these files that the folder has, or raise CheckpointError."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder}: holds no {part} weights (looked for {', '.join(names)}).")
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Raise CheckpointError where a folder holds another family, or no pipeline at all."""
+    try:
+        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        if (folder / "unet").is_dir() and (folder / "text_encoder").is_dir():
+            return
+        raise CheckpointError(
+            f"{folder}: is not a diffusers model folder (no usable model_index.json). "
+            "Give such a folder or a model file."
+        ) from error
+    if kind in OTHER_PIPELINES:
+        what, script = OTHER_PIPELINES[kind]
+        raise CheckpointError(f"{folder}: is {what}. Train it with {script}.")
+
+
+def _not_found(name: str, error: Exception) -> CheckpointError:
+    """Return the error for a name that is no file, no folder and not to be had from the hub."""
+    return CheckpointError(
+        f"{name}: neither a file nor a folder, and not loadable from the Hugging Face hub ({_first_line(error)}). "
+        "Check the path, or the connection if it is a hub id."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
