@@ -138,9 +138,14 @@ def update(run: Run, losses: list[Tensor]) -> dict[str, Tensor]:
         run.accelerator.clip_grad_norm_(run.trainee.trained_parameters(), run.max_grad_norm)
     run.optimizer.step()
     if not run.accelerator.optimizer_step_was_skipped:  # the fp16 scaler skips a step that overflowed
-        schedules.advance(run.scheduler, losses[-1].detach().mean())
+        schedules.advance(run.scheduler, lambda: mean_loss(run, losses))
     run.optimizer.zero_grad(set_to_none=True)
     return extras | run.trainee.after_update()
+
+
+def mean_loss(run: Run, losses: list[Tensor]) -> float:
+    """Return the mean of a step's losses over all processes; waits for the device."""
+    return float(run.accelerator.reduce(torch.cat(losses).detach().mean(), "mean"))
 
 
 def after_step(run: Run, place: Place) -> None:

@@ -87,7 +87,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
     tracker_names = trackers.wanted(options.logging)
     data = training_data.read(options, family.bucket_step_multiple)
     # over one weight: finds what only the optimizer's and the schedule's own code can tell
-    schedules.create(options.schedule, optimizers.rehearse(options.optimizer), options.training.max_train_steps)
+    schedules.rehearse(options.schedule, optimizers.rehearse(options.optimizer))
     return Checked(network_module, formats, tracker_names, data)
 
 

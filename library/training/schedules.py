@@ -17,7 +17,6 @@ from library.training.curves import CURVES, Factor, Length
 from library.training.literals import parse_literals, refuse_unknown
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from library.options.schedule import ScheduleOptions
@@ -136,17 +135,18 @@ def build(options: ScheduleOptions, optimizer: Optimizer, max_train_steps: int) 
     return lambda_schedule(optimizer, lambda rate: curve_of(options, length, rate))
 
 
-def advance(scheduler: Any, loss: Tensor | float) -> None:
+def advance(scheduler: Any, loss: Callable[[], float]) -> None:
     """Step the scheduler once.
 
     Args:
         scheduler: from `create`, or accelerate's wrapper of it.
-        loss: of this step, equal on all processes; read, which waits for the device, by reduce_lr_on_plateau alone.
+        loss: gives that of this step, equal on all processes; asked by reduce_lr_on_plateau alone, since it waits for
+            the device.
     """
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
     if isinstance(getattr(scheduler, "scheduler", scheduler), ReduceLROnPlateau):
-        scheduler.step(float(loss))
+        scheduler.step(loss())
     else:
         scheduler.step()
 

@@ -24,14 +24,12 @@ log = logging.getLogger(__name__)
 def wanted(options: LoggingOptions) -> tuple[str, ...]:
     """Return the tracker names the options ask for: --logging_dir alone means TensorBoard.
 
-    Raises: OptionError where a tracker's folder or package is missing.
+    Raises: OptionError where a tracker's package is missing.
     """
     if options.log_with is None:
         names: tuple[str, ...] = ("tensorboard",) if options.logging_dir else ()
     else:
         names = ("tensorboard", "wandb") if options.log_with == "all" else (options.log_with,)
-    if "tensorboard" in names and not options.logging_dir:
-        raise OptionError("--log_with tensorboard needs a folder: add --logging_dir DIR.")
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise OptionError(f"--log_with {options.log_with}: {name} is not installed. Run: pip install {name}")
@@ -99,8 +97,9 @@ class Trackers:
         for tracker in self.accelerator.trackers:
             for index, path in enumerate(paths):
                 with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("RGB"))[None]
-                tracker.log_images({f"sample_{index}": pixels}, step=step)
+                    pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({f"sample_{index}": pixels}, step=step, **layout)
 
     def close(self) -> None:
         """Flush and end the trackers."""
