@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from library.dataset import captions, files, images
 from library.dataset.geometry import Pixels
@@ -33,25 +33,33 @@ def draw(samples: Sequence[Sample], path: Path) -> Path:
     """Write a PNG of samples, or of as many spread over them as fit on a sheet, and return its path.
 
     Each has its picture in its bucket's proportions; the same under its mask, a square for each latent cell, red where
-    nothing is learnt; its name and size, the source of the mask and the share that is learnt; and its caption.
+    nothing is learnt; its name and size, the source of the mask and the share that is learnt; and its caption. What
+    cannot be read is left out.
 
-    Raises: DataError if an image or mask cannot be read, or the file cannot be written.
+    Raises: DataError if the file cannot be written.
     """
+    return assemble([cell for cell in cells(samples).values() if isinstance(cell, Image.Image)], len(samples), path)
+
+
+def cells(samples: Sequence[Sample]) -> dict[Sample, Image.Image | DataError]:
+    """Return the pictures with text of as many samples as fit on a sheet, or why one cannot be drawn."""
     chosen = samples[:: math.ceil(len(samples) / MOST_PICTURES)] if samples else ()
-    columns = max(1, min(COLUMNS, len(chosen)))
-    rows = -(-len(chosen) // columns)
+    return dict(zip(chosen, files.read_all(_draw_cell, chosen, label="contact sheet"), strict=True))
+
+
+def assemble(pictures: Sequence[Image.Image], num_samples: int, path: Path) -> Path:
+    """Write the sheet of some pictures of num_samples and return its path. Raises: DataError if that fails."""
+    columns = max(1, min(COLUMNS, len(pictures)))
+    rows = -(-len(pictures) // columns)
     heading = LINE_HEIGHT + GAP
     size = (columns * (CELL_WIDTH + 2 * GAP) + GAP, rows * (CELL_HEIGHT + GAP) + heading + GAP)
     sheet = Image.new("RGB", size, BACKGROUND)
-    canvas = ImageDraw.Draw(sheet)
-    of_all = f"{len(chosen)} of {len(samples)} pictures. " if len(chosen) < len(samples) else ""
+    of_all = f"{len(pictures)} of {num_samples} pictures. " if len(pictures) < num_samples else ""
     title = f"{of_all}Left: as trained. Right: red is not learnt."
-    canvas.text((GAP, GAP // 2), title, INK, _font())
-    for number, cell in enumerate(files.read_all(_draw_cell, chosen)):
-        if isinstance(cell, DataError):
-            raise cell
+    ImageDraw.Draw(sheet).text((GAP, GAP // 2), title, INK, _font())
+    for number, picture in enumerate(pictures):
         row, column = divmod(number, columns)
-        sheet.paste(cell, (GAP + column * (CELL_WIDTH + 2 * GAP), heading + row * (CELL_HEIGHT + GAP)))
+        sheet.paste(picture, (GAP + column * (CELL_WIDTH + 2 * GAP), heading + row * (CELL_HEIGHT + GAP)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path, format="PNG")
@@ -65,8 +73,8 @@ def _draw_cell(sample: Sample) -> Image.Image:
     weights = images.read_mask_weights(sample)
     cell = Image.new("RGB", (CELL_WIDTH, CELL_HEIGHT), BACKGROUND)
     for number, part in enumerate((pixels, pixels if weights is None else veiled(pixels, weights))):
-        picture = Image.fromarray(part)
-        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        method = Image.Resampling.LANCZOS if max(part.shape) > SIDE else Image.Resampling.NEAREST
+        picture = ImageOps.contain(Image.fromarray(part), (SIDE, SIDE), method)
         left = number * (SIDE + GAP) + (SIDE - picture.width) // 2
         cell.paste(picture, (left, (SIDE - picture.height) // 2))
     canvas = ImageDraw.Draw(cell)

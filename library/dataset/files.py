@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from PIL import Image, features
 
 from library.dataset.geometry import Size
 from library.errors import DataError
+from library.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,16 @@ def _png_chunks(file: BinaryIO) -> Iterable[bytes]:
         file.seek(length + 4, os.SEEK_CUR)
 
 
-def read_all(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result | DataError]:
-    """Return read(item) of each item, or the DataError that it raised; several files are read at a time."""
+def read_all(
+    read: Callable[[Item], Result], items: Sequence[Item], *, label: str | None = None
+) -> list[Result | DataError]:
+    """Return read(item) of each item, or the DataError that it raised; several files are read at a time.
+
+    Args:
+        read: reads one.
+        items: to read.
+        label: of a progress bar; None shows none.
+    """
 
     def attempt(item: Item) -> Result | DataError:
         try:
@@ -104,7 +113,8 @@ def read_all(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Resu
             return error
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(attempt, items))
+        results = pool.map(attempt, items)
+        return list(results if label is None else progress(results, label=label, total=len(items)))
 
 
 def load_info(folder: Path) -> dict[Path, Header]:

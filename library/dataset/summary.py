@@ -38,7 +38,8 @@ def _describe_dataset(config: DatasetConfig, samples: Sequence[Sample]) -> dict[
         "bucket_info": bucket_info(samples) if is_bucketed else None,
         "resize_interpolation": config.resize_interpolation,
         "subsets": [
-            _describe_subset(subset, sum(sample.subset == subset for sample in samples)) for subset in config.subsets
+            _describe_subset(subset, sum(sample.subset.index == subset.index for sample in samples))
+            for subset in config.subsets
         ],
     }
 
@@ -120,7 +121,8 @@ def lines(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[s
             f"dataset {number}: {_size(config.resolution)}, {_buckets_in_words(config)}, batch size {config.batch_size}"
         )
         told += [
-            _subset_line(subset, [sample for sample in own if sample.subset == subset]) for subset in config.subsets
+            _subset_line(subset, [sample for sample in own if sample.subset.index == subset.index])
+            for subset in config.subsets
         ]
         for bucket in buckets:
             if bucket.dataset == number:

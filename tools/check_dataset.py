@@ -1,0 +1,113 @@
+"""Say what training would see of a dataset, and what is wrong with it, without loading a model.
+
+python tools/check_dataset.py --dataset_config dataset.toml [--json FILE] [--masks DIR] [--contact_sheet FILE.png]
+
+It takes the options of training; a training command line or its --config_file can be given as it is. The exit code is
+0 if the dataset can be trained on, 1 if there are errors in it, 2 if the options or the config cannot be used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from library.cli import set_up_logging  # noqa: E402
+from library.errors import UserError  # noqa: E402
+from library.options import GROUPS, CommandLine, read_command_line  # noqa: E402
+from library.options.declare import Parser  # noqa: E402
+
+if TYPE_CHECKING:
+    from library.dataset.problems import Problem
+    from library.dataset.scan import Sample
+
+GOOD, HAS_ERRORS, WRONG_USE = 0, 1, 2  # exit codes
+SHOWN = ("dataset", "captions", "masks")  # groups in --help
+BUCKET_STEP_MULTIPLE = 64  # of SD 1.x and 2.x
+
+
+def add_own(parser: Parser) -> None:
+    """Add the command's own flags."""
+    section = parser.add_argument_group("findings")
+    section.add_argument("--json", metavar="FILE", help="Write all findings to this file. Reads the masks' pixels.")
+    section.add_argument("--masks", metavar="DIR", help="Write the weights at latent size there, float32 .npy (h, w).")
+    section.add_argument("--contact_sheet", metavar="FILE.png", help="Draw the pictures with their masks over them.")
+
+
+def check(read: CommandLine) -> int:
+    """Print the findings and write what is asked for; return the exit code.
+
+    Raises: UserError if the options or the config cannot be used, or a file cannot be written.
+    """
+    from library.dataset import config, inspection, summary
+    from library.dataset.problems import Problem
+    from library.dataset.scan import check_masked_loss, scan
+    from library.errors import OptionError
+
+    options, wanted = read.options, {name: Path(value) for name, value in read.own.items() if value}
+    configs = config.load(options.dataset, options.captions, options.masks, bucket_step_multiple=BUCKET_STEP_MULTIPLE)
+    found = scan(configs)
+    problems = list(found.problems)
+    try:
+        check_masked_loss(options.masks.masked_loss, found.samples)
+    except OptionError as error:
+        problems.append(Problem("error", configs[0].subsets[0].image_dir, str(error)))
+
+    samples = found.samples
+    coverages = inspection.read_masks(samples, wanted.get("masks")) if wanted else None
+    if coverages is not None:
+        problems += inspection.mask_problems(samples, coverages)
+    if "contact_sheet" in wanted:
+        problems += draw_sheet(samples, wanted["contact_sheet"])
+    if "json" in wanted and coverages is not None:
+        inspection.write_json(inspection.as_json(found, coverages, problems), wanted["json"])
+
+    print(*summary.lines(configs, samples), sep="\n")
+    mean = inspection.mean_weight(samples, coverages) if coverages is not None else None
+    print(summary.mask_line(samples, mean_weight=mean))
+    if coverages is not None and (line := inspection.coverage_line(samples, coverages)):
+        print(line)
+    num_errors = sum(problem.severity == "error" for problem in problems)
+    print(f"problems: {num_errors} errors, {len(problems) - num_errors} warnings")
+    for problem in sorted(problems, key=lambda each: each.severity):
+        print(f"  {problem.severity}: {problem.message}")
+    for name, path in wanted.items():
+        print(f"{name.replace('_', ' ')}: {path}")
+    return HAS_ERRORS if num_errors else GOOD
+
+
+def draw_sheet(samples: Sequence[Sample], path: Path) -> list[Problem]:
+    """Write the contact sheet; return an error for each image that could not be drawn."""
+    from library.dataset import contact_sheet
+    from library.dataset.problems import Problem
+
+    cells = contact_sheet.cells(samples)
+    contact_sheet.assemble([cell for cell in cells.values() if not isinstance(cell, UserError)], len(samples), path)
+    broken = [(sample.path, str(cell)) for sample, cell in cells.items() if isinstance(cell, UserError)]
+    return [Problem("error", path, message) for path, message in broken]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return the exit code."""
+    try:
+        read = read_command_line(
+            sys.argv[1:] if argv is None else argv,
+            prog="check_dataset.py",
+            description="Say what training would see of a dataset, and what is wrong with it.",
+            shown={title: GROUPS[title] for title in SHOWN},
+            add_own=add_own,
+        )
+        set_up_logging(read.options.logging)
+        return check(read)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_USE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
