@@ -27,7 +27,6 @@ MODEL_MAKER = Path("examples/embedded_model/make.py")
 OUTPUT = Path("output/quickstart")
 NAME = "masked-lora"
 DATASET = Path("examples/masked_lora/dataset_both.toml")
-CONTACT_SHEET = OUTPUT / "contact-sheet.png"
 NUM_STEPS = 60
 CRLF, LF = b"\r\n", b"\n"  # git may write either on Windows
 
@@ -172,9 +171,9 @@ def train_example(python: Path) -> None:
         say("\nMaking the small example model ...")
         model.parent.mkdir(parents=True, exist_ok=True)
         run([str(python), str(MODEL_MAKER), str(MODEL), "--seed", "0"], "The example model could not be made.")
-    say("\nLooking at what the masks let through ...")
+    say("\nWhat training will see (tools/check_dataset.py says it of any data set):")
     check = [str(python), "tools/check_dataset.py", f"--dataset_config={DATASET.as_posix()}"]
-    run([*check, f"--contact_sheet={CONTACT_SHEET.as_posix()}"], "The example data set has a problem; see above.")
+    run(check, "The example data set has a problem; see above.")
     say(f"\nTraining {NUM_STEPS} steps. The command, to be copied and changed:\n{copyable(platform.system())}\n")
     run(launch_command(python), "The training stopped with an error; see above.")
     report_files(start)
@@ -186,10 +185,10 @@ def report_files(start: float) -> None:
         start,
         {
             "the LoRA": f"{NAME}.safetensors",
-            "samples before": "sample/*000000_*.png",
-            "samples after": f"sample/*{NUM_STEPS:06d}_*.png",
-            "what the masks let through": CONTACT_SHEET.name,
-            "report, to be opened in a browser": "*.html",
+            "samples before": f"sample/{NAME}_e000000_*.png",
+            "samples after": f"sample/{NAME}_{NUM_STEPS:06d}_*.png",
+            "what the masks let through": f"{NAME}-masks.png",
+            "report, to be opened in a browser": f"{NAME}-report.html",
         },
     )
     say(f"\nDone in {time.time() - start:.0f} s. It made:")

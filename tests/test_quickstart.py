@@ -84,6 +84,13 @@ def test_a_failed_step_passes_its_exit_code_on(capsys):
     assert failure.value.code == 7
 
 
+def test_an_environment_that_cannot_be_made_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setattr(quickstart, "VENV", tmp_path / "file" / ".venv")
+    with pytest.raises(quickstart.StepError, match="python3-venv"):
+        quickstart.prepare_environment(None)
+
+
 def test_files_of_an_earlier_run_are_not_named(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     folder = tmp_path / quickstart.OUTPUT

@@ -1,8 +1,10 @@
 """Draw the pictures of the documentation from the example pictures (run it as `python docs/images/make.py`).
 
 masked-loss.png: photo, mask, and what is learnt, the mask at latent size (8 by 8 pixels a cell) laid over the photo.
+contact-sheet.png: the first pictures of the contact sheet of the example data set.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +16,10 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 from library import masks  # noqa: E402 - found through the line above
+from library.dataset import config, contact_sheet, scan  # noqa: E402
+from library.options.captions import CaptionOptions  # noqa: E402
+from library.options.dataset import DatasetOptions  # noqa: E402
+from library.options.masks import MaskOptions  # noqa: E402
 
 TITLES = ("photo", "mask", "what is learnt")
 NAMES = ("cat", "flower")
@@ -30,7 +36,16 @@ def learnt(photo: Image.Image, mask: Image.Image) -> Image.Image:
     return Image.fromarray(shown.round().astype(np.uint8))
 
 
-def main() -> None:
+def draw_contact_sheet() -> None:
+    """Write contact-sheet.png."""
+    options = DatasetOptions(dataset_config=Path("examples/masked_lora/dataset_both.toml"))
+    samples = scan.scan(config.load(options, CaptionOptions(), MaskOptions())).samples
+    path = contact_sheet.draw(samples[:9], HERE / "contact-sheet.png")
+    with Image.open(path) as sheet:
+        sheet.quantize(128).save(path, optimize=True)
+
+
+def draw_masked_loss() -> None:
     """Write masked-loss.png."""
     width, height = CROP
     sheet = Image.new("RGB", (3 * width + 2 * MARGIN, TITLE + len(NAMES) * (height + MARGIN) - MARGIN), "white")
@@ -49,4 +64,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    os.chdir(ROOT)  # paths in the data set config are relative to it
+    draw_masked_loss()
+    draw_contact_sheet()
