@@ -1,6 +1,5 @@
 """The documentation says what is: links lead somewhere, options exist, configs can be read."""
 
-import ast
 import re
 import shlex
 from pathlib import Path
@@ -10,14 +9,18 @@ import pytest
 from library.dataset import config as dataset_config
 from library.options import read_training
 from library.options.captions import CaptionOptions
+from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG
 from library.options.dataset import DatasetOptions
+from library.options.groups import all_declared
 from library.options.masks import MaskOptions
+from library.options.reference import IGNORED, OTHER_SCRIPTS, REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# options of programs that are not ours, and of our own commands other than training
-FOREIGN = {"extra-index-url", "num_cpu_threads_per_process", "seed"}
+TOOL_FLAGS = {"torch", "json", "masks", "contact_sheet"}  # of quickstart.py and tools/check_dataset.py
+FOREIGN_FLAGS = {"extra-index-url", "num_cpu_threads_per_process"}  # of pip and accelerate
+PROMPT_FLAGS = {"w", "h", "d", "s", "l", "n", "ss"}  # in prompt files
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 
 
@@ -35,17 +38,10 @@ def has_heading(page: Path, fragment: str) -> bool:
     return not fragment or fragment in {anchor(line) for line in HEADING.findall(page.read_text(encoding="utf-8"))}
 
 
-def declared_options() -> set[str]:
-    """Return every name that could be an option: fields and texts of the options, the quick start and the tools."""
-    names = set()
-    for path in [ROOT / "quickstart.py", *(ROOT / "library" / "options").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                names.add(node.target.id)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                names.add(node.value.removeprefix("--"))
-    return names
+def known_options() -> set[str]:
+    """Return the name of every option of training, those that are refused or ignored included."""
+    names = set(all_declared()) | {each.name for each in (*REFUSED, *IGNORED)} | set(OTHER_SCRIPTS)
+    return names | {CONFIG_FILE.name, OUTPUT_CONFIG.name}
 
 
 def tool_modules() -> list[str]:
@@ -71,7 +67,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_option_that_is_named_exists(page):
     named = set(re.findall(r"(?<![\w-])--([a-zA-Z]\w*(?:-\w+)*)", page.read_text(encoding="utf-8")))
-    assert named - FOREIGN <= declared_options()
+    assert named - TOOL_FLAGS - FOREIGN_FLAGS - PROMPT_FLAGS <= known_options()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
