@@ -20,7 +20,7 @@ def requests_of(count, *, needs_flipped=False):
 
 def decode(request):
     width, height = request.bucket
-    return Source(np.full((height, width, 3), request.key, dtype=np.uint8), None, MADE_OF, seed=request.key)
+    return Source(np.full((height, width, 3), request.key, dtype=np.uint8), None, MADE_OF, seed=2 * request.key)
 
 
 def encode(images, seeds):
@@ -81,9 +81,7 @@ def test_each_image_has_its_own_seed_and_its_mirror_another():
         return encode(images, seeds)
 
     run(requests_of(6, needs_flipped=True), encode=watched)
-    assert len(seeds_seen) == 12
-    assert len(set(seeds_seen)) >= 6
-    assert set(seeds_seen) == {seed ^ mirrored for seed in range(6) for mirrored in (0, 1)}
+    assert sorted(seeds_seen) == list(range(12))  # decode gave the even ones
 
 
 def test_mirrored_latents_are_of_the_mirrored_image():
@@ -111,7 +109,7 @@ def test_latents_that_are_not_finite_name_the_image_and_are_not_kept(wrong):
 
     def broken(images, seeds):
         latents = encode(images, seeds).clone()
-        latents[[seed == 7 for seed in seeds], 0, 0, 0] = wrong
+        latents[[seed == 14 for seed in seeds], 0, 0, 0] = wrong
         return latents
 
     with pytest.raises(DataError, match=r"7\.png: the VAE makes NaN .* float16\. Use --no_half_vae\."):
