@@ -141,7 +141,8 @@ def launch_command(python: Path) -> list[str]:
 
 def launch_options() -> list[str]:
     """Return the options of accelerate itself."""
-    return ["--num_cpu_threads_per_process=1"]
+    one_process = ["--num_processes=1", "--num_machines=1", "--num_cpu_threads_per_process=1"]
+    return [*one_process, "--mixed_precision=no", "--dynamo_backend=no"]  # named, or accelerate lists its defaults
 
 
 def copyable(system: str) -> str:

@@ -18,8 +18,9 @@ from library.options.reference import IGNORED, OTHER_SCRIPTS, REFUSED
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TOOL_FLAGS = {"torch", "json", "masks", "contact_sheet"}  # of quickstart.py and tools/check_dataset.py
+TOOL_FLAGS = {"torch", "json", "masks", "contact_sheet", "help"}  # of quickstart.py and tools/check_dataset.py
 FOREIGN_FLAGS = {"extra-index-url", "num_cpu_threads_per_process"}  # of pip and accelerate
+PLACEHOLDERS = {"name"}
 PROMPT_FLAGS = {"w", "h", "d", "s", "l", "n", "ss"}  # in prompt files
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 
@@ -67,7 +68,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_option_that_is_named_exists(page):
     named = set(re.findall(r"(?<![\w-])--([a-zA-Z]\w*(?:-\w+)*)", page.read_text(encoding="utf-8")))
-    assert named - TOOL_FLAGS - FOREIGN_FLAGS - PROMPT_FLAGS <= known_options()
+    assert named - TOOL_FLAGS - FOREIGN_FLAGS - PROMPT_FLAGS - PLACEHOLDERS <= known_options()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
