@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import CheckpointError
+from library.metadata import with_hashes
+from library.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +70,15 @@ def write(
         path: ends in .safetensors, otherwise torch's own format is written, which holds no metadata.
         tensors: by name; alphas are cast like the others.
         dtype: to write in; None: as they are.
-        metadata: for the header of a safetensors file.
+        metadata: for the header of a safetensors file, which also gets the tensors' hashes; None: no header.
     """
     path = Path(path)
     stored = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as partial:
         if path.suffix == ".safetensors":
-            save_file(stored, temporary, dict(metadata or {}))
+            save_file(stored, partial, None if metadata is None else with_hashes(stored, metadata))
         else:
-            torch.save(stored, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            torch.save(stored, partial)
 
 
 def modules_in(tensors: Mapping[str, Tensor], origin: str) -> dict[str, StoredModule]:

@@ -180,7 +180,7 @@ class LoraNetwork(nn.Module):
         Args:
             file: .safetensors; any other suffix gets torch's format, without metadata.
             dtype: to write in; None: as trained.
-            metadata: written as given.
+            metadata: for the header, beside the hashes of the tensors.
         """
         files.write(file, self.state_dict(), dtype, metadata)
 

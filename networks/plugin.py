@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +182,7 @@ def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
 
 
 def save(network: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-    """Write the network's file, all or nothing, whatever the network does itself.
+    """Write the network's file; the caller sees to it that it is whole.
 
     Args:
         network: to be saved.
@@ -191,12 +190,7 @@ def save(network: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Ma
         dtype: to write in; None: as trained.
         metadata: for the header. The network gets a copy, since LyCORIS adds to it.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        network.save_weights(str(temporary), dtype, dict(metadata or {}))  # type: ignore[operator]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    network.save_weights(str(path), dtype, dict(metadata or {}))  # type: ignore[operator]
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:

@@ -26,6 +26,7 @@ LEVELS = {
     "library.batch": 2,
     "library.metadata": 2,
     "library.progress": 2,
+    "library.whole_file": 2,
     "library.objectives": 3,
     "library.models": 4,
     "library.cache": 4,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from library.errors import DataError
 from library.masks import MaskKind, MaskSource, Sums
+from library.whole_file import MARK, whole_file
 
 SUFFIX = ".safetensors"
 FORMAT = 1  # raised when the same fingerprint would mean other contents
@@ -190,24 +190,19 @@ def write(path: Path, cached: CachedLatents, fingerprint: Fingerprint) -> None:
         tensors["mask"] = torch.from_numpy(np.ascontiguousarray(cached.mask))
     metadata = {"fingerprint": json.dumps(asdict(fingerprint)), "mask_kind": fingerprint.mask_kind}
     data = safetensors.torch.save(tensors, metadata)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with whole_file(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise DataError(
             f"{path}: the cache entry cannot be written ({error.strerror or error}). "
             "Name a folder for the cache with --cache_dir."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def remove_abandoned(folder: Path) -> None:
     """Remove what runs that were killed left half written in a folder, an hour ago or more."""
-    for left in folder.glob(f"*{SUFFIX}.*.tmp"):
+    for left in folder.glob(f".*{MARK}{SUFFIX}"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > ABANDONED_S:
                 left.unlink()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 import pickle
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
+from library.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -223,24 +221,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         CheckpointError: the folder cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-        os.close(handle)
-        temporary = Path(name)
-        try:
+        with whole_file(path) as partial:
             contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(contiguous, temporary, metadata=dict(metadata or {}))
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+            save_file(contiguous, partial, metadata=dict(metadata or {}))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error}).") from error
-
-
-def _umask() -> int:
-    """Return the process's file mode mask; mkstemp ignores it and makes files private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

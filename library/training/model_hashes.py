@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from library.metadata import LEGACY_BYTES, LEGACY_START
-from library.training.saving import whole_file
+from library.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,11 @@ class BackgroundHash:
     def of_vae(place: str | None, cache_file: Path | None = None) -> BackgroundHash:
         """Return the running hash of a separate VAE; it gives nothing where there is none."""
         return BackgroundHash(place, "ss_vae_hash", "ss_new_vae_hash", cache_file)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the file is still being read."""
+        return self._thread is not None and self._thread.is_alive()
 
     def metadata(self) -> dict[str, str]:
         """Return the hashes by their keys, waiting for them if need be; empty where there are none."""

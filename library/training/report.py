@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from library.training.charts import loss_chart, rate_chart, smoothed
 from library.training.model_hashes import file_hashes
 from library.training.report_style import STYLE
-from library.training.saving import FINAL_NAME, whole_file
+from library.training.saving import FINAL_NAME, saved_file
 
 if TYPE_CHECKING:
     from library.metadata import DatasetFacts
@@ -80,7 +80,7 @@ def write_report(path: Path, data: ReportData) -> Path:
         f"<title>{escape(data.title)} – training report</title><style>{STYLE}</style></head>"
         f"<body><header>{_header(data)}</header><main>{body}</main></body></html>\n"
     )
-    with whole_file(path) as partial:
+    with saved_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
     log.info("report: %s (%.1f MB)", path, path.stat().st_size / 1e6)
     return path

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.dataset import contact_sheet, images, summary
-from library.masks import to_weights
 from library.training import report
 from library.training.file_metadata import facts_of
 from library.training.saving import FINAL_NAME
@@ -115,15 +114,10 @@ def mean_weight(data: Data, store: LatentStore | None) -> float | None:
     Cached masks are all read; otherwise some are decoded, spread over the data, because decoding all would delay the
     first step.
     """
-    masked = [index for index, sample in enumerate(data.samples) if sample.mask.kind != "none"]
-    if store is None:
-        chosen = masked[:: max(1, len(masked) // MOST_DECODED)]
-        weights = [images.read_mask_weights(data.samples[index]) for index in chosen]
-        means = [float(each.mean()) for each in weights if each is not None]
-    else:
-        sums = [store.get(index, flip=False)[1] for index in masked]
-        means = [float(to_weights(each).mean()) for each in sums if each is not None]
-    return sum(means) / len(means) if means else None
+    if store is not None:
+        return store.mean_mask_weight()
+    masked = [sample for sample in data.samples if sample.mask.kind != "none"]
+    return images.mean_mask_weight(masked[:: max(1, len(masked) // MOST_DECODED)])
 
 
 def show_dataset(data: Data, options: SavingOptions) -> None:

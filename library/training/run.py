@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -101,6 +102,7 @@ def make_accelerator(options: Options, checked: Checked) -> Accelerator:
     ]
     if training.ddp_timeout is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=training.ddp_timeout)))
+    AcceleratorState._reset_state()  # else a second run in this process could not have another precision
     accelerator = Accelerator(
         mixed_precision=checked.precision.mixed,
         log_with=list(checked.tracker_names) or None,

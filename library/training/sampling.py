@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from library.progress import progress
 from library.training.painting import Drawing, Painter
 from library.training.prompts import SamplePrompt, read_prompts
-from library.training.saving import whole_file
+from library.training.saving import saved_file
 from library.training.schedulers import SAMPLERS, check_sampler
 
 if TYPE_CHECKING:
@@ -174,5 +174,5 @@ def _save(image: Image.Image, path: Path, prompt: SamplePrompt) -> None:
     settings = f"Steps: {prompt.sample_steps}, CFG scale: {prompt.scale:g}, Size: {prompt.width}x{prompt.height}"
     seed = "" if prompt.seed is None else f", Seed: {prompt.seed}"
     info.add_itxt("parameters", f"{prompt.prompt}\nNegative prompt: {prompt.negative_prompt}\n{settings}{seed}")
-    with whole_file(path) as partial:
+    with saved_file(path) as partial:
         image.save(partial, pnginfo=info)

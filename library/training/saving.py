@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from library.errors import OptionError, UserError
+from library.whole_file import flush_to_disk, whole_file
 
 if TYPE_CHECKING:
     from library.options.saving import SavingOptions
@@ -62,26 +62,19 @@ def check_output(options: SavingOptions) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside path, to be written; it takes path's place only when all went well.
+def saved_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that takes path's place when it is written and on the disk.
 
-    The suffix is path's own, so that writers that look at it choose the same format. Whatever goes wrong, Ctrl-C
-    included, the temporary file is removed and a file that was at path before is untouched.
-    Raises: UserError when the disk is full or the folder cannot be written to.
+    Raises: UserError when the disk is full or the folder cannot be written to; then path is as it was.
     """
-    partial = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file under the good name
-        partial.replace(path)
+        with whole_file(path) as partial:
+            yield partial
+            flush_to_disk(partial)
     except (OSError, SafetensorError, RuntimeError) as error:
         if not isinstance(error, OSError) and not _is_write_failure(error):
             raise
         raise UserError(_cannot_save(path, error)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # how safetensors and torch (whose zip writer has no error of its own) tell of a full disk
@@ -184,7 +177,7 @@ class Saver:
     def _save(self, path: Path, step: int, epoch: int) -> Path:
         if not self._is_main_process:
             return path
-        with whole_file(path) as partial:
+        with saved_file(path) as partial:
             self._write(partial, self._metadata(step, epoch))
         self.saved = [other for other in self.saved if other != path] + [path]
         log.info("saved %s (%.1f MB, step %d)", path, path.stat().st_size / 1e6, step)

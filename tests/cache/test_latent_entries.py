@@ -232,7 +232,7 @@ def test_a_write_that_fails_leaves_the_old_entry_and_nothing_else(entry, image, 
 
 
 def test_what_a_killed_run_left_is_no_entry_and_is_removed_later(entry, image, mask_file):
-    left = entry.with_name(f"{entry.name}.4711.tmp")
+    left = entry.with_name(f".{entry.stem}.4711.part{entry.suffix}")
     left.write_bytes(b"half")
     entries.remove_abandoned(entry.parent)
     assert left.exists(), "another run may be writing it"

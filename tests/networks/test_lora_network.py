@@ -96,7 +96,8 @@ def test_a_file_is_written_in_the_asked_type_with_its_metadata(small, tmp_path):
 
     make(small).save_weights(tmp_path / "a.safetensors", torch.float16, {"ss_network_dim": "4"})
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert file.metadata() == {"ss_network_dim": "4"}
+        assert file.metadata()["ss_network_dim"] == "4"
+        assert len(file.metadata()["sshs_model_hash"]) == 64
         assert {file.get_slice(name).get_dtype() for name in make(small).state_dict()} == {"F16"}
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 

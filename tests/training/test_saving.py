@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import OptionError, UserError
 from library.options.saving import SavingOptions
-from library.training.saving import Saver, check_output, epoch_interval, save_dtype, step_to_remove, whole_file
+from library.training.saving import Saver, check_output, epoch_interval, save_dtype, saved_file, step_to_remove
 
 
 def saver_of(folder: Path, num_epochs: int = 10, is_main_process: bool = True, **options: object) -> Saver:
@@ -140,14 +140,14 @@ def test_an_interrupted_write_leaves_the_file_before_it(tmp_path: Path) -> None:
         partial.write_text("half")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as partial:
+    with pytest.raises(KeyboardInterrupt), saved_file(path) as partial:
         half_write(partial)
     assert names(tmp_path) == ["cat.txt"]
     assert path.read_text() == "before"
 
 
 def test_the_temporary_file_has_the_suffix_that_writers_look_at(tmp_path: Path) -> None:
-    with whole_file(tmp_path / "cat.safetensors") as partial:
+    with saved_file(tmp_path / "cat.safetensors") as partial:
         assert partial.suffix == ".safetensors"
         assert partial.parent == tmp_path
         partial.write_text("whole")
@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, kind: s
 
 
 def test_a_fault_of_our_own_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="shapes differ"), whole_file(tmp_path / "cat.pt"):
+    with pytest.raises(RuntimeError, match="shapes differ"), saved_file(tmp_path / "cat.pt"):
         raise RuntimeError("shapes differ")
 
 
