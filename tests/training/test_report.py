@@ -1,0 +1,282 @@
+"""The report: one file that tells everything and needs nothing."""
+
+import base64
+import hashlib
+import io
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.metadata import DatasetFacts
+from library.options.groups import Options
+from library.options.logging import LoggingOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.saving import SavingOptions
+from library.training import charts
+from library.training.prompts import SamplePrompt
+from library.training.report import (
+    ReportData,
+    changed_options,
+    dataset_rows,
+    duration,
+    embedded,
+    report_path,
+    spread,
+    write_report,
+)
+from library.training.sampling import Sample
+
+VOID = {"meta", "img"}
+LOSSES = [(step, 0.3 - 0.001 * step, 1e-4) for step in range(1, 101)]
+
+
+class Page(HTMLParser):
+    """Reads a page: its elements, its text, and whether every element is closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def picture(path: Path, size: tuple[int, int] = (64, 48), noisy: bool = False) -> Path:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8) if noisy else None
+    (Image.fromarray(pixels) if noisy else Image.new("RGB", size, "teal")).save(path)
+    return path
+
+
+def full_report(folder: Path) -> ReportData:
+    cat, dog = SamplePrompt("a cat", "ugly", 64, 48, 20, 7.5, 3), SamplePrompt('a <dog> & "friends"', seed=None)
+    samples = [
+        Sample(picture(folder / "cat1.png"), 0, cat, 100, None),
+        Sample(picture(folder / "cat0.png"), 0, cat, 0, 0),
+        Sample(picture(folder / "dog.png"), 1, dog, 100, 2),
+    ]
+    (folder / "lora.safetensors").write_bytes(b"weights")
+    return ReportData(
+        title="my <lora>",
+        losses=LOSSES,
+        samples=samples,
+        mask_line="masks: 58 of 60 images",
+        mask_sheet=picture(folder / "sheet.png", (2000, 500), noisy=True),
+        dataset=[{"Folder": "photos", "Images": 6}],
+        options={"learning_rate": 1e-4, "network_args": ("a=1", "b=2")},
+        files=[folder / "lora.safetensors"],
+        seconds=75.0,
+        step_s=0.75,
+        images_per_s=2.5,
+        facts={"Device": "cpu"},
+    )
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_report_tells_everything(tmp_path: Path) -> None:
+    text = read(write_report(tmp_path / "r.html", full_report(tmp_path))).text
+    for told in (
+        *("my <lora>", "a cat", 'a <dog> & "friends"', "ugly", "before training", "epoch 2, step 100", "seed 3"),
+        *("masks: 58 of 60 images", "photos", "learning_rate", "a=1 b=2", "lora.safetensors", "cpu"),
+        *(hashlib.sha256(b"weights").hexdigest(), "1 min 15 s", "750 ms", "2.5"),
+    ):
+        assert told in text
+
+
+def test_the_report_needs_nothing_but_itself(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "r.html", full_report(tmp_path))
+    page = read(path)
+    tags = Counter(tag for tag, _ in page.elements)
+    assert not {"script", "link", "iframe", "object", "base"} & set(tags)
+    for _, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        assert all(attributes[name].startswith("data:image/") for name in ("src", "href") if name in attributes)
+    assert not re.search(r"url\((?!#)|@import|https?://", path.read_text(encoding="utf-8"))
+
+
+def test_every_picture_has_a_text_and_a_size(tmp_path: Path) -> None:
+    pictures = read(write_report(tmp_path / "r.html", full_report(tmp_path))).all("img")
+    assert len(pictures) == 4
+    for attributes in pictures:
+        assert attributes["alt"]
+        data = base64.b64decode(attributes["src"].partition("base64,")[2])
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.size == (int(attributes["width"]), int(attributes["height"]))
+
+
+def test_samples_stand_in_the_order_of_time(tmp_path: Path) -> None:
+    alts = [entry["alt"] for entry in read(write_report(tmp_path / "r.html", full_report(tmp_path))).all("img")]
+    assert alts[:2] == ["a cat – before training", "a cat – step 100"]
+
+
+def test_the_page_is_made_for_phones_and_dark_rooms(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "r.html", full_report(tmp_path))
+    page = read(path)
+    assert page.all("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+    assert "prefers-color-scheme: dark" in path.read_text(encoding="utf-8")
+
+
+def test_a_run_with_nothing_but_losses_has_a_report(tmp_path: Path) -> None:
+    page = read(write_report(tmp_path / "r.html", ReportData("lora", LOSSES)))
+    assert len(page.all("section")) == 1
+    assert len(page.all("svg")) == 2
+
+
+def test_a_run_that_was_stopped_says_so(tmp_path: Path) -> None:
+    text = read(write_report(tmp_path / "r.html", ReportData("lora", [], is_complete=False))).text
+    assert "stopped before its end" in text
+
+
+def test_a_picture_that_is_gone_is_named(tmp_path: Path) -> None:
+    data = full_report(tmp_path)
+    data.samples[2].path.unlink()
+    assert "dog.png is gone" in read(write_report(tmp_path / "r.html", data)).text
+
+
+def test_a_large_picture_is_shrunk_and_compressed(tmp_path: Path) -> None:
+    path = picture(tmp_path / "large.png", (2000, 1000), noisy=True)
+    data, kind, size = embedded(path, 512)
+    assert (kind, size) == ("webp", (512, 256))
+    assert len(data) < path.stat().st_size / 20
+
+
+def test_a_small_picture_is_kept_exactly(tmp_path: Path) -> None:
+    path = picture(tmp_path / "small.png", (64, 64), noisy=True)
+    assert embedded(path, 512) == (path.read_bytes(), "png", (64, 64))
+
+
+def test_a_long_run_shows_some_of_its_samples(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    row = [Sample(path, 0, SamplePrompt("a cat"), step, None) for step in range(100)]
+    shown = [sample.step for sample in spread(row, 12)]
+    assert (len(shown), shown[0], shown[-1]) == (12, 0, 99)
+    assert shown == sorted(set(shown))
+    page = read(write_report(tmp_path / "r.html", ReportData("lora", LOSSES, row)))
+    assert len(page.all("img")) == 12
+    assert "12 of 100 pictures" in page.text
+
+
+def test_secrets_and_defaults_are_not_among_the_options() -> None:
+    options = Options(logging=LoggingOptions(wandb_api_key="secret"), optimizer=OptimizerOptions(learning_rate=3e-4))
+    assert changed_options(options) == {"learning_rate": 3e-4}
+
+
+def test_the_report_lies_beside_the_model() -> None:
+    assert report_path(SavingOptions(output_dir="out", output_name="cat")) == Path("out/cat-report.html")
+    assert report_path(SavingOptions(output_dir="out")) == Path("out/last-report.html")
+
+
+def test_the_dataset_table_has_a_row_for_each_subset() -> None:
+    subsets = [
+        {"image_dir": "photos", "img_count": 6, "num_repeats": 5, "is_reg": False},
+        {"image_dir": "reg", "img_count": 9, "num_repeats": 1, "is_reg": True},
+    ]
+    entry = {"resolution": [512, 640], "batch_size_per_device": 2, "bucket_info": None, "subsets": subsets}
+    rows = dataset_rows(DatasetFacts(30, 9, 0, 15, 2, True, (entry,)))
+    assert [(row["Folder"], row["Use"], row["Resolution"], row["Buckets"]) for row in rows] == [
+        ("photos", "training", "512×640", "off"),
+        ("reg", "regularisation", "512×640", "off"),
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (7800, "2 h 10 min")])
+def test_times_are_told_as_people_tell_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# ---- the curves ----------------------------------------------------------------------------------------------------
+def test_a_chart_is_valid_svg_with_names_numbers_and_a_text() -> None:
+    chart = ElementTree.fromstring(charts.loss_chart([(step, loss) for step, loss, _ in LOSSES]))
+    texts = [element.text for element in chart.iter("text")]
+    assert {"step", "loss", "20", "100", "0.2"} <= set(texts)
+    assert chart.get("role") == "img"
+    assert "smoothed 0.297 at first, 0.202 at last" in chart.get("aria-label")
+    assert [path.get("class") for path in chart.iter("path")] == ["line raw", "line smooth"]
+
+
+def test_the_curve_lies_where_the_axis_says() -> None:
+    plot = charts.Plot((0, 100), (0.0, 1.0), charts.HEIGHT, "loss")
+    assert plot.place(0, 0.0) == (charts.LEFT, charts.HEIGHT - charts.BOTTOM)
+    assert plot.place(100, 1.0) == (charts.WIDTH - charts.RIGHT, charts.TOP)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[(1, 0.5)], [(1, 0.5), (2, 0.5)], [(1, 0.0)], [(1, float("nan")), (2, 0.1)], [(5, 1e-7), (6, 2e-7)]],
+    ids=["one", "equal", "zero", "nan", "small"],
+)
+def test_unusual_curves_are_drawn(losses: list[tuple[int, float]]) -> None:
+    chart = charts.loss_chart(losses)
+    ElementTree.fromstring(chart)
+    assert "nan" not in chart
+
+
+def test_no_curve_is_drawn_of_nothing() -> None:
+    assert charts.loss_chart([]) == ""
+    assert charts.loss_chart([(1, float("inf"))]) == ""
+
+
+def test_a_spike_does_not_flatten_the_curve() -> None:
+    losses = [(step, 0.2) for step in range(1, 301)] + [(301, 50.0)]
+    assert "1 higher values are cut off" in charts.loss_chart(losses)
+
+
+def test_a_long_curve_keeps_its_spikes_and_stays_small() -> None:
+    points = [(float(step), 0.1) for step in range(100_000)]
+    points[31_415] = (31_415.0, 9.0)
+    thin = charts.thinned(points)
+    assert len(thin) <= charts.MAX_POINTS
+    assert (31_415.0, 9.0) in thin
+    assert thin == sorted(thin)
+    assert (thin[0], thin[-1]) == (points[0], points[-1])
+
+
+def test_smoothing_keeps_a_straight_line_straight_and_halves_noise() -> None:
+    assert charts.smoothed([(x, 2.0) for x in range(50)]) == [(x, 2.0) for x in range(50)]
+    noise = np.random.default_rng(0).normal(size=2000)
+    smooth = [y for _, y in charts.smoothed(list(enumerate(noise)))]
+    assert np.std(smooth) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.11, 0.26, [0.15, 0.2, 0.25]),
+        (0, 1e-4, [0, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+    assert charts.ticks(low, high, 5) == pytest.approx(expected)
