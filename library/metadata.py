@@ -131,7 +131,7 @@ class RunFacts:
     seed: int
     num_epochs: int
     max_train_steps: int
-    optimizer: str  # from optimizer_text
+    optimizer: str  # "torch.optim.adamw.AdamW(weight_decay=0.1)"
     base_model_version: str  # "sd_v1"; with v-prediction "sd_v1_v"
     network_dim: int | str | None
     network_alpha: float | str | None
@@ -299,12 +299,6 @@ def thumbnail(place: str | None) -> str | None:
         return None
     kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
-
-
-def optimizer_text(kind: type, arguments: Mapping[str, Any]) -> str:
-    """Return the optimizer as ss_optimizer names it: torch.optim.adamw.AdamW(weight_decay=0.1,eps=1e-08)."""
-    listed = ",".join(f"{key}={value}" for key, value in arguments.items())
-    return f"{kind.__module__}.{kind.__name__}" + (f"({listed})" if listed else "")
 
 
 def model_name(place: str) -> str:

@@ -239,13 +239,6 @@ def test_a_missing_thumbnail_is_left_out_with_a_warning(tmp_path: Path, caplog: 
     assert "gone.png" in caplog.text
 
 
-def test_an_optimizer_is_named_with_its_module_and_arguments() -> None:
-    assert metadata.optimizer_text(torch.optim.AdamW, {}) == REFERENCE["ss_optimizer"]
-    assert metadata.optimizer_text(torch.optim.SGD, {"momentum": 0.9, "nesterov": True}) == (
-        "torch.optim.sgd.SGD(momentum=0.9,nesterov=True)"
-    )
-
-
 def test_each_save_has_its_own_step_and_epoch() -> None:
     saved = metadata.at_save({"ss_v2": "False"}, step=7, epoch=2)
     assert (saved["ss_steps"], saved["ss_epoch"], saved["ss_v2"]) == ("7", "2", "False")
