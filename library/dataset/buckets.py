@@ -46,7 +46,7 @@ def sizes_of_area(resolution: Size, shortest: int, longest: int, step: int) -> t
     area = resolution[0] * resolution[1]
     side = int(math.sqrt(area)) // step * step
     sizes = {(side, side)}
-    for width in range(shortest, longest + 1, step):
+    for width in range(shortest, min(longest, area // shortest) + 1, step):  # a wider one would be too low
         height = min(longest, area // width // step * step)
         if height >= shortest:
             sizes |= {(width, height), (height, width)}

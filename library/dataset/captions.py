@@ -42,7 +42,7 @@ def read(image: Path, subset: SubsetConfig) -> tuple[str, ...] | None:
             raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
         if not text:
             raise DataError(f"{path}: is empty. Write a caption, or delete the file.")
-        lines = [line.strip() for line in text.splitlines()] or [""]
+        lines = [line.strip() for line in text.split("\n")]
         if subset.enable_wildcard:
             return tuple(line for line in lines if line) or ("",)
         return (lines[0],)

@@ -3,8 +3,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from library.dataset.config import DatasetConfig, SubsetConfig, load
+from library.dataset.schema import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS
 from library.errors import DataError, OptionError
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
@@ -123,6 +126,29 @@ def test_an_extension_gets_its_dot(read):
 def test_json_is_read_like_toml(read):
     content = {"general": {"flip_aug": True}, "datasets": [{"subsets": [{"image_dir": "a", "keep_tokens": None}]}]}
     assert subset_of(read(json.dumps(content), name="dataset.JSON")) == SubsetConfig(Path("a"), flip_aug=True)
+
+
+scalars = st.none() | st.booleans() | st.integers(-9, 10**12) | st.floats() | st.text(max_size=5) | st.just("512,768")
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2)
+)
+tables = st.dictionaries(st.sampled_from([*DATASET_KEYS, *SUBSET_KEYS, *SUBSET_ONLY_KEYS]), values, max_size=4)
+subsets = st.lists(st.builds(lambda table: {"image_dir": "a"} | table, tables), max_size=2)
+datasets = st.lists(st.builds(lambda table, own: table | {"subsets": own}, tables, subsets | values), max_size=2)
+contents = st.fixed_dictionaries({}, optional={"general": tables | values, "datasets": datasets | values}) | values
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=contents)
+def test_whatever_a_config_holds_it_is_read_or_refused_in_one_line(read, content):
+    configs, message = (), ""
+    try:
+        configs = read(json.dumps(content), name="dataset.json")
+    except OptionError as error:
+        message = str(error)
+    assert bool(configs) != bool(message)
+    assert "\n" not in message
+    assert all(config.subsets for config in configs)
 
 
 def test_datasets_of_several_resolutions_may_share_a_folder(read):
