@@ -20,6 +20,7 @@ from library.dataset.schema import (
     SUBSET_KEYS,
     SUBSET_ONLY_KEYS,
     Level,
+    as_written,
     read_table,
     read_value,
 )
@@ -127,7 +128,7 @@ def _from_file(
     for key in content:
         if key not in ("general", "datasets"):
             raise OptionError(
-                f"{source}: {key} cannot stand at the top; only [general] and [[datasets]] can."
+                f"{source}: {as_written(key)} cannot stand at the top; only [general] and [[datasets]] can."
                 f"{did_you_mean(key, ('general', 'datasets'))}"
             )
     inheritable = {**DATASET_KEYS, **SUBSET_KEYS}

@@ -194,10 +194,15 @@ def read_table(source: Path, place: str, table: Any, keys: Mapping[str, Reader])
     values = {}
     for key, value in table.items():
         if key not in keys:
-            raise OptionError(f"{source}: {place}.{key} {_why_not(key, keys)}")
+            raise OptionError(f"{source}: {place}.{as_written(key)} {_why_not(key, keys)}")
         if value is not None:
             values[key] = read_value(f"{source}: {place}.{key}", value, keys[key])
     return Level(place, values)
+
+
+def as_written(key: str) -> str:
+    """Return a key as it can stand in a message of one line."""
+    return key if key.isprintable() else repr(key)
 
 
 def _why_not(key: str, keys: Mapping[str, Reader]) -> str:
