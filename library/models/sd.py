@@ -213,7 +213,8 @@ class Sd:
         denoiser.train()
         if train_text_encoder:
             text_encoder: Any = parts.text_encoders[0]
-            text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(text_encoder, "activation_checkpointing_enable", None)  # its name from transformers 5 on
+            (enable or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
             text_encoder.train()
 
     def set_attention(self, parts: Parts, kind: str) -> None:

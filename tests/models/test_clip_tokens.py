@@ -100,5 +100,5 @@ def test_a_spoilt_tokenizer_folder_is_named(tmp_path):
     folder = tmp_path / "openai_clip-vit-large-patch14"
     folder.mkdir()
     (folder / "vocab.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="openai_clip-vit-large-patch14.*Delete the folder"):
+    with pytest.raises(CheckpointError, match=r"openai_clip-vit-large-patch14.*Delete the folder"):
         Sd(tokenizer_cache_dir=str(tmp_path)).tokenize(["a"])
