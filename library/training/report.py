@@ -178,7 +178,7 @@ def _loss(losses: Sequence[tuple[int, float, float]]) -> str:
     rates = rate_chart([(step, rate) for step, _, rate in losses])
     return (
         '<p class="legend"><span class="key smooth"></span>smoothed <span class="key raw"></span>each step</p>'
-        f'<div class="scroll" tabindex="0">{loss_chart([(step, loss) for step, loss, _ in losses])}{rates}</div>'
+        + _scrolled(loss_chart([(step, loss) for step, loss, _ in losses]) + rates, "curves")
     )
 
 
@@ -251,7 +251,12 @@ def _pairs(values: Mapping[str, Any]) -> str:
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(_plain(value))}</td></tr>'
         for name, value in values.items()
     )
-    return f'<div class="scroll" tabindex="0"><table class="pairs"><tbody>{rows}</tbody></table></div>'
+    return _scrolled(f'<table class="pairs"><tbody>{rows}</tbody></table>', "table")
+
+
+def _scrolled(content: str, label: str) -> str:
+    """Return content that scrolls sideways in a narrow window, with the keyboard too."""
+    return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{content}</div>'
 
 
 def _plain(value: Any) -> str:
