@@ -13,7 +13,7 @@ from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG
 from library.options.dataset import DatasetOptions
 from library.options.groups import all_declared
 from library.options.masks import MaskOptions
-from library.options.reference import IGNORED, OTHER_SCRIPTS, REFUSED
+from library.options.reference import GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -41,7 +41,7 @@ def has_heading(page: Path, fragment: str) -> bool:
 
 def known_options() -> set[str]:
     """Return the name of every option of training, those that are refused or ignored included."""
-    names = set(all_declared()) | {each.name for each in (*REFUSED, *IGNORED)} | set(OTHER_SCRIPTS)
+    names = set(all_declared()) | {each.name for each in (*REFUSED, *IGNORED, *GRANTED)} | set(OTHER_SCRIPTS)
     return names | {CONFIG_FILE.name, OUTPUT_CONFIG.name}
 
 

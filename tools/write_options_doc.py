@@ -13,7 +13,7 @@ if str(ROOT) not in sys.path:
 from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG  # noqa: E402
 from library.options.declare import declared  # noqa: E402
 from library.options.groups import GROUPS  # noqa: E402
-from library.options.reference import IGNORED, OTHER_SCRIPTS, REFUSED, Elsewhere  # noqa: E402
+from library.options.reference import GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED, Elsewhere  # noqa: E402
 from library.options.values import Declared  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "options.md"
@@ -44,6 +44,13 @@ These are accepted with a warning.
 | option | why |
 |---|---|"""
 
+GRANTED_HEADING = """## Options that are always on
+
+What these ask for is always done. They are accepted without a word.
+
+| option | what is always done |
+|---|---|"""
+
 OTHER_SCRIPTS_HEADING = """## Options of other scripts
 
 sd-scripts has these options for other scripts. They are accepted with a warning, so that one config file can serve
@@ -60,6 +67,7 @@ def render() -> str:
         parts.append(_table(title, (group.__doc__ or "").strip(), declared(group)))
     parts.append("\n".join([REFUSED_HEADING, *map(_reason_row, REFUSED), ""]))
     parts.append("\n".join([IGNORED_HEADING, *map(_reason_row, IGNORED), ""]))
+    parts.append("\n".join([GRANTED_HEADING, *map(_reason_row, GRANTED), ""]))
     others = [f"| `--{name}` | {', '.join(scripts)} |" for name, (scripts, _) in OTHER_SCRIPTS.items()]
     parts.append("\n".join([OTHER_SCRIPTS_HEADING, *others, ""]))
     return "\n".join(parts)

@@ -103,21 +103,21 @@ def load(
     command_line = _command_line(dataset, captions, masks)
     if dataset.dataset_config is None:
         return (_from_folders(dataset, command_line, bucket_step_multiple),)
-    for name in ("train_data_dir", "reg_data_dir", "in_json"):
-        if getattr(dataset, name, None):
+    for name in ("train_data_dir", "reg_data_dir"):
+        if getattr(dataset, name):
             log.warning("--%s has no effect: --dataset_config names the images", name)
     return _from_file(Path(dataset.dataset_config), command_line, dataset.prior_loss_weight, bucket_step_multiple)
 
 
 def _command_line(dataset: DatasetOptions, captions: CaptionOptions, masks: MaskOptions) -> Level:
-    renamed = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
+    own_names = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
+    given = {name: value for group in (dataset, captions, masks) for name, value in vars(group).items()}
+    given |= {"batch_size": dataset.train_batch_size, "num_repeats": dataset.dataset_repeats}
     values: dict[str, Any] = {}
     for key in (*DATASET_KEYS, *SUBSET_KEYS):
-        for group in (dataset, captions, masks):
-            value = getattr(group, renamed.get(key, key), None)
-            if value is not None:
-                reader = DATASET_KEYS.get(key) or SUBSET_KEYS[key]
-                values[key] = read_value(f"--{renamed.get(key, key)}", value, reader)
+        if given.get(key) is not None:
+            reader = DATASET_KEYS.get(key) or SUBSET_KEYS[key]
+            values[key] = read_value(f"--{own_names.get(key, key)}", given[key], reader)
     return Level("command line", values)
 
 
@@ -285,11 +285,6 @@ def _with_valid_sizes(place: str, config: DatasetConfig, bucket_step_multiple: i
 
 def _from_folders(dataset: DatasetOptions, command_line: Level, bucket_step_multiple: int) -> DatasetConfig:
     """Return the one dataset of the folder scheme: sub-folders named <repeats>_<class words>."""
-    if getattr(dataset, "in_json", None):
-        raise OptionError(
-            "--in_json: datasets from a metadata file are not supported. "
-            "Put captions in files beside the images and use --train_data_dir or --dataset_config."
-        )
     if not dataset.train_data_dir:
         raise OptionError("There is no dataset: give --dataset_config=FILE or --train_data_dir=FOLDER.")
     tables = _folder_subsets("train_data_dir", Path(dataset.train_data_dir), is_reg=False)

@@ -73,8 +73,6 @@ def _idle_training_options(options: Options) -> Iterator[str]:
     training, network, loss = options.training, options.network, options.loss
     if training.max_train_epochs is not None and training.max_train_steps != 1600:
         yield "--max_train_steps has no effect: --max_train_epochs decides"
-    if training.xformers and training.sdpa:
-        yield "--sdpa has no effect: --xformers comes first"
     if training.dynamo_backend not in ("inductor", "no") and not training.torch_compile:
         yield "--dynamo_backend has no effect without --torch_compile"
     if network.network_train_unet_only and network.text_encoder_lr is not None:

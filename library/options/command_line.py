@@ -13,7 +13,7 @@ from library.options import config_file
 from library.options.checks import check_options
 from library.options.declare import Parser, declared, parser
 from library.options.groups import GROUPS, Options, all_declared, build_all
-from library.options.reference import FRONT_END_KEYS, IGNORED, OTHER_SCRIPTS, REFUSED
+from library.options.reference import FRONT_END_KEYS, GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED
 from library.options.values import Declared, convert
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def read_command_line(
 
 
 def _known() -> dict[str, Declared]:
-    elsewhere = {each.name: each.declared for each in (*REFUSED, *IGNORED)}
+    elsewhere = {each.name: each.declared for each in (*REFUSED, *IGNORED, *GRANTED)}
     return {**all_declared(), **elsewhere, CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}
 
 

@@ -80,9 +80,14 @@ REFUSED = (
 
 # Given with another value than its default, such an option is a warning.
 IGNORED = (
-    Elsewhere("persistent_data_loader_workers", bool, False, "loader processes always stay alive between epochs"),
-    Elsewhere("highvram", bool, False, "GPU memory is never given back between batches, which is what it asks for"),
     Elsewhere("mem_eff_attn", bool, False, "torch's scaled_dot_product_attention is used, which spares memory too"),
+)
+
+# What these ask for is always done, so nothing is said when they are given.
+GRANTED = (
+    Elsewhere("sdpa", bool, False, "torch's scaled_dot_product_attention is used unless --xformers is given"),
+    Elsewhere("persistent_data_loader_workers", bool, False, "loader processes always stay alive between epochs"),
+    Elsewhere("highvram", bool, False, "GPU memory is never given back between batches of the latent cache"),
 )
 
 # Keys that graphical front ends write into config files, though no script has such an option.

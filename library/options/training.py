@@ -34,8 +34,9 @@ class TrainingOptions:
     )
     full_fp16: bool = option(False, "Keep the trained weights in fp16 too. Needs --mixed_precision fp16.")
     full_bf16: bool = option(False, "Keep the trained weights in bf16 too. Needs --mixed_precision bf16.")
-    sdpa: bool = option(False, "Use torch's scaled_dot_product_attention.")
-    xformers: bool = option(False, "Use the attention of the xformers package; comes before --sdpa.")
+    xformers: bool = option(
+        False, "Use the attention of the xformers package instead of torch's scaled_dot_product_attention."
+    )
     torch_compile: bool = option(False, "Compile the models with torch.compile.")
     dynamo_backend: str = option(
         "inductor",

@@ -10,7 +10,7 @@ import pytest
 
 from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG
 from library.options.groups import GROUPS, all_declared
-from library.options.reference import IGNORED, OTHER_SCRIPTS, REFUSED
+from library.options.reference import GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED
 from library.options.values import Declared
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ REFERENCE: dict[str, dict[str, Any]] = json.loads((DATA / "options_train_network
 FOREIGN: dict[str, dict[str, Any]] = json.loads((DATA / "options_other_scripts.json").read_text("utf-8"))
 
 NEW = {"cache_dir", "missing_mask", "report"}  # sd-scripts has no such option
-ELSEWHERE = {each.name: each.declared for each in (*REFUSED, *IGNORED)}
+ELSEWHERE = {each.name: each.declared for each in (*REFUSED, *IGNORED, *GRANTED)}
 DECLARED = {**all_declared(), CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}
 
 # Old spellings: their group's __post_init__ turns them into another option, which is the one that is read.
@@ -34,13 +34,17 @@ def kind_of(option: Declared) -> tuple[str, str | None]:
 
 
 def attributes_read(folders: Iterator[Path]) -> set[str]:
-    """Return every name that stands behind a dot and is read."""
-    return {
-        node.attr
-        for path in folders
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
+    """Return every name that stands behind a dot and is read, "group.name" in a table of places included."""
+    read = set()
+    for path in folders:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                group, dot, name = node.value.partition(".")
+                if dot and group in GROUPS and name.isidentifier():  # metadata.py reads these with attrgetter
+                    read.add(name)
+    return read
 
 
 def test_the_reference_has_193_options():

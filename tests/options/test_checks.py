@@ -68,7 +68,6 @@ def test_options_that_contradict_each_other_are_refused(arguments: list[str], me
         (["--ip_noise_gamma_random_strength"], "--ip_noise_gamma_random_strength has no effect"),
         (["--multires_noise_discount=0.5"], "--multires_noise_discount has no effect"),
         (["--max_train_epochs=2", "--max_train_steps=10"], "--max_train_steps has no effect"),
-        (["--xformers", "--sdpa"], "--sdpa has no effect"),
         (["--dynamo_backend=eager"], "--dynamo_backend has no effect"),
         (["--network_train_unet_only", "--text_encoder_lr=1e-4"], "--text_encoder_lr has no effect"),
         (["--network_train_text_encoder_only", "--unet_lr=1e-4"], "--unet_lr has no effect"),

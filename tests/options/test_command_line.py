@@ -7,7 +7,7 @@ import pytest
 
 from library.errors import OptionError
 from library.options import GROUPS, CommandLine, Options, parse, read_command_line, read_training
-from library.options.reference import IGNORED, OTHER_SCRIPTS, REFUSED
+from library.options.reference import GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED
 
 NEEDED = [
     "--pretrained_model_name_or_path=model.safetensors",
@@ -195,6 +195,11 @@ def test_an_ignored_option_is_warned_about(option):
     assert read(f"--{option.name}").warnings == (f"--{option.name} has no effect: {option.reason}",)
 
 
+@pytest.mark.parametrize("option", GRANTED, ids=lambda option: option.name)
+def test_an_option_that_is_always_on_is_accepted_without_a_word(option):
+    assert read(f"--{option.name}").warnings == ()
+
+
 @pytest.mark.parametrize("name", OTHER_SCRIPTS)
 def test_an_option_of_another_script_is_skipped_with_its_value_and_warned_about(name: str):
     value = ["3"] if OTHER_SCRIPTS[name][1] else []
@@ -215,8 +220,8 @@ def test_a_key_of_another_script_is_warned_about_in_a_config_file_unless_it_is_o
 
 def test_parse_sends_the_warnings_to_the_log(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
-        parse([*NEEDED, "--highvram"])
-    assert [record.message.split()[0] for record in caplog.records] == ["--highvram"]
+        parse([*NEEDED, "--mem_eff_attn"])
+    assert [record.message.split()[0] for record in caplog.records] == ["--mem_eff_attn"]
 
 
 # --output_config
