@@ -232,7 +232,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     head = "".join(f'<th scope="col"{_side(value)}>{escape(str(name))}</th>' for name, value in rows[0].items())
     lines = "".join("<tr>" + "".join(_cell(row.get(name)) for name in rows[0]) + "</tr>" for row in rows)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return _scrolled(f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>", "table")
 
 
 def _cell(value: Any) -> str:
