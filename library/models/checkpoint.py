@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SHOWN_KEYS = 3
+REMAP_BYTES = 2**28
 
 
 class TensorSource(Protocol):
@@ -41,24 +42,33 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = self._map()
+        self._mapped_bytes = 0
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(self._file.get_slice(name).get_shape())
+            for name in self._file.keys()  # noqa: SIM118 it is no dict
+        }
+
+    def _map(self) -> Any:
         try:
-            self._file = safe_open(str(path), framework="pt", device="cpu")
+            return safe_open(str(self.path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{path}: not a readable safetensors file ({error}). It may be an unfinished download: fetch it again."
+                f"{self.path}: not a readable safetensors file ({error}). "
+                "It may be an unfinished download: fetch it again."
             ) from error
-        self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 not a dict
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tuple(part.get_shape()) for name, part in self._slices.items()
-        }
 
     def read(self, name: str) -> Tensor:
         """Return the tensor, backed by the file's pages."""
-        return self._file.get_tensor(name)
+        tensor = self._file.get_tensor(name)
+        self._mapped_bytes += tensor.nbytes
+        if self._mapped_bytes > REMAP_BYTES:  # lets go of the pages of tensors that were cast and dropped
+            self._file, self._mapped_bytes = self._map(), 0
+        return tensor
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows start to stop."""
-        return self._slices[name][start:stop]
+        return self._file.get_slice(name)[start:stop]
 
 
 class PickledFile:

@@ -156,7 +156,7 @@ def test_gradient_checkpointing_runs_the_blocks_twice_and_changes_no_gradient():
 
         return hook
 
-    parts.denoiser.down_blocks[0].resnets[0].register_forward_pre_hook(count("unet"))
+    parts.denoiser.up_blocks[1].resnets[1].register_forward_pre_hook(count("unet"))
     clip.inner(parts.text_encoders[0]).encoder.layers[0].mlp.register_forward_pre_hook(count("text"))
     torch.testing.assert_close(gradient(parts), expected)
     assert runs == {"unet": 2, "text": 2}
