@@ -66,6 +66,8 @@ def set_up_logging(options: LoggingOptions) -> None:
         handler = logging.StreamHandler(sys.stdout if options.console_log_simple else sys.stderr)
     handler.name = HANDLER
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # at import it warns that kernels it would download are missing, which nobody here asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     root = logging.getLogger()
     for old in [each for each in root.handlers if each.name == HANDLER]:  # a second run in one process
         root.removeHandler(old)

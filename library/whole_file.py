@@ -22,7 +22,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.{os.getpid()}{MARK}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors puts a file of its own there, which others cannot read
         partial.replace(path)
     finally:
         with suppress(OSError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
 
 from library.dataset import contact_sheet, images, summary
 from library.training import report
@@ -42,7 +43,10 @@ class Reporter:
 
     def write(self, run: Run, *, is_complete: bool) -> Path | None:
         """Write the report of a run that has ended; return its path, None where none is wanted."""
-        if not self.options.saving.report or not run.accelerator.is_main_process:
+        if not self.options.saving.report:
+            return None
+        samples = gather_object(run.sampler.made) if run.sampler is not None else []
+        if not run.accelerator.is_main_process:
             return None
         records = run.history.records
         seconds = run.history.seconds
@@ -51,7 +55,7 @@ class Reporter:
         content = report.ReportData(
             title=self.options.saving.output_name or FINAL_NAME,
             losses=[(r.step, r.loss, next(iter(r.learning_rates.values()), 0.0)) for r in records],
-            samples=run.sampler.made if run.sampler is not None else (),
+            samples=sorted(samples, key=lambda sample: (sample.step, sample.index)),
             mask_line=self.mask_line,
             mask_sheet=sheet if sheet.exists() else None,
             dataset=report.dataset_rows(self.facts),
