@@ -63,8 +63,9 @@ def train(options: Options, family: ModelFamily) -> None:
         plan.gradient_accumulation_steps,
     )
     is_complete = loop.train(run)
-    run.trackers.close()
     reporter.write(run, is_complete=is_complete)
+    accelerator.wait_for_everyone()  # the first process may still be writing
+    accelerator.end_training()  # flushes the trackers and parts the processes
     if not is_complete:
         raise KeyboardInterrupt
 

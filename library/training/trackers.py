@@ -101,11 +101,6 @@ class Trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"sample_{index}": pixels}, step=step, **layout)
 
-    def close(self) -> None:
-        """Flush and end the trackers."""
-        if self.names:
-            self.accelerator.end_training()
-
 
 def _read_toml(path: Path) -> dict[str, Any]:
     from library.options.toml import read_toml
