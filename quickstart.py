@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed-requirements"
-MODEL = Path("examples/embedded_model/work/tiny-sd.safetensors")
+MODEL = Path("examples/embedded_model/made/tiny-sd.safetensors")
 MODEL_MAKER = Path("examples/embedded_model/make.py")
 OUTPUT = Path("output/quickstart")
 NAME = "masked-lora"
