@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +140,17 @@ class Trained:
         """The LoRA at the end of the run."""
         return self.folder / "out" / "lora.safetensors"
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The LoRA's tensors by name."""
         return tensors_of(self.file)
 
-    @property
+    @cached_property
     def metadata(self) -> dict[str, str]:
         """The LoRA's metadata."""
         return metadata_of(self.file)
 
-    @property
+    @cached_property
     def losses(self) -> list[float]:
         """The loss of each step."""
         return self.curve("loss/current")
