@@ -51,6 +51,13 @@ def create_network(
     return LoraNetwork(chosen, wanted, multiplier)
 
 
+def check_arguments(
+    network_dim: int | None, network_alpha: float | None, neuron_dropout: float | None, arguments: Mapping[str, Any]
+) -> None:
+    """Find mistakes in what `create_network` would get, before there is a model. Raises: OptionError."""
+    settings.check(network_dim, network_alpha, neuron_dropout, arguments)
+
+
 def create_network_from_weights(
     multiplier: float,
     file: str | os.PathLike[str] | None,

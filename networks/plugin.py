@@ -76,6 +76,14 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def check_arguments(
+    module: ModuleType, dim: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, str]
+) -> None:
+    """Let a module that can do so find mistakes in the options before there is a model. Raises: OptionError."""
+    if hasattr(module, "check_arguments"):
+        module.check_arguments(dim, alpha, dropout, arguments)
+
+
 def create(
     module: ModuleType,
     models: Models,

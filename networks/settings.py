@@ -22,6 +22,7 @@ RANK_KEYS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block
 LR_WEIGHT_KEYS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 DROPOUT_KEYS = ("dropout", "rank_dropout", "module_dropout")
 LORA_PLUS_KEYS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+BLOCK_KEYS = (*RANK_KEYS[2:], *LR_WEIGHT_KEYS, "block_lr_zero_threshold")  # lists with an entry for each block
 KEYS = (*RANK_KEYS, *LR_WEIGHT_KEYS, "block_lr_zero_threshold", *DROPOUT_KEYS, *LORA_PLUS_KEYS)
 
 
@@ -128,6 +129,20 @@ def read(
         dropout=_dropout(given, neuron_dropout),
         lora_plus=_lora_plus(given),
     )
+
+
+def check(
+    dim: int | None, alpha: float | None, neuron_dropout: float | None, arguments: Mapping[str, Any]
+) -> None:
+    """Find what is wrong with settings that need no model to be understood; lists by block wait for its blocks.
+
+    Raises:
+        OptionError: an unknown key, or a value that does not fit.
+    """
+    later = {key for key in BLOCK_KEYS if arguments.get(key) is not None}
+    if "conv_block_dims" in later:
+        later.add("conv_alpha")  # which is right beside it
+    read(dim, alpha, neuron_dropout, {key: value for key, value in arguments.items() if key not in later}, None)
 
 
 def _block_sizes(

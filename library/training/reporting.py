@@ -64,7 +64,7 @@ class Reporter:
             seconds=seconds,
             step_s=seconds / len(records) if records else None,
             images_per_s=num_images / seconds if records and seconds else None,
-            facts=self.model_facts,
+            facts={**self.model_facts, "Finished": time.strftime("%Y-%m-%d %H:%M:%S")},
             is_complete=is_complete,
         )
         return report.write_report(report.report_path(self.options.saving), content)
@@ -86,7 +86,7 @@ def start(setting: Setting, store: LatentStore | None) -> Reporter:
 
 
 def machine_facts(device: torch.device, seed: int) -> dict[str, str]:
-    """Return device, versions, seed and time, for the report."""
+    """Return device, versions, seed and the time, at which the run starts, for the report."""
     import accelerate
     import diffusers
 
@@ -101,7 +101,7 @@ def machine_facts(device: torch.device, seed: int) -> dict[str, str]:
         "Device": f"{device.type} ({name})",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Seed": str(seed),
-        "Finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "Started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 

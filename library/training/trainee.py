@@ -132,8 +132,11 @@ def check(options: NetworkOptions) -> ModuleType:
     for option, file in given:
         if not Path(file).is_file():
             raise OptionError(f"{option}: there is no file {file}.")
-    network_arguments(options.network_args)
-    return plugin.load(options.network_module)
+    arguments = network_arguments(options.network_args)
+    module = plugin.load(options.network_module)
+    if not options.dim_from_weights:  # where a file gives the ranks, those of the options are not used
+        plugin.check_arguments(module, options.network_dim, options.network_alpha, options.network_dropout, arguments)
+    return module
 
 
 def network_arguments(pairs: Sequence[str] | None) -> dict[str, str]:
