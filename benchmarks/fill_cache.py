@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from measuring import Figure, conclude, load, make_parser, timed
+from measuring import Figure, busy_s, conclude, load, make_parser, timed
 from pictures import dataset_config, write_pictures
 from torch import Tensor
 
@@ -71,12 +71,13 @@ def measure(case: Case, settings: LatentSettings, runs: int, warm_up: int) -> li
     settings = replace(settings, cache_dir=case.cache_dir)
     seconds: dict[str, list[float]] = {"fill": [], "again": [], "off": [], "on": []}
     worked: list[float] = []  # ms of processor time an image
+    others: list[float] = []  # cores that other programs kept busy meanwhile
     starts = {"fill": case.masked, "again": case.masked, "off": case.unmasked, "on": case.masked}
     count = len(case.masked)
     for turn in range(warm_up + runs):
         shutil.rmtree(case.cache_dir, ignore_errors=True)
         for name, samples in starts.items():
-            encoder = StubEncoder()
+            encoder, busy = StubEncoder(), busy_s()
             begin, begin_work = time.perf_counter(), time.process_time()
             store = latents.build_store(samples, settings, encoder)
             duration, work = time.perf_counter() - begin, time.process_time() - begin_work
@@ -84,7 +85,9 @@ def measure(case: Case, settings: LatentSettings, runs: int, warm_up: int) -> li
             assert len(store) == count
             if turn >= warm_up:
                 seconds[name].append(duration)
-                worked += [1000 * work / count] if name == "fill" else []
+            if turn >= warm_up and name == "fill":
+                worked.append(1000 * work / count)
+                others.append(max(0.0, busy_s() - busy - work) / duration)
     label = "RGBA PNG" if case.kind == "rgba" else "JPEG + mask PNG"
     rates = tuple(count / each for each in seconds["fill"])
     bound = MIN_IMAGES_PER_S if case.kind == "rgba" else None
@@ -92,6 +95,7 @@ def measure(case: Case, settings: LatentSettings, runs: int, warm_up: int) -> li
         Figure(f"{label}: fill", "images/s", rates, warm_up, at_least=bound),
         Figure(f"{label}: fill {count}", "s", tuple(seconds["fill"]), warm_up),
         Figure(f"{label}: processor time an image", "ms", tuple(worked), warm_up),
+        Figure(f"{label}: other programs meanwhile", "cores", tuple(others), warm_up),
         Figure(f"{label}: second start", "s", tuple(seconds["again"]), warm_up),
         Figure(f"{label}: masks switched off", "s", tuple(seconds["off"]), warm_up),
         Figure(f"{label}: masks switched on", "s", tuple(seconds["on"]), warm_up),

@@ -132,6 +132,16 @@ def load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
+def busy_s() -> float:
+    """Return the seconds that all programs have kept the cores busy since the machine started; 0 but on Linux."""
+    try:
+        words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _waiting, interrupt, soft_interrupt = map(int, words[1:8])
+    return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
+
+
 def versions() -> str:
     """Return the versions of Python and of the packages that count."""
     found = [f"Python {platform.python_version()}"]
