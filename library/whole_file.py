@@ -1,13 +1,15 @@
-"""Files that are written whole or not at all: everything that the project writes goes through here."""
+"""Files that are written whole or not at all, under names that file systems take."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = ".part"  # in the names of temporary files
+LONGEST_NAME = 230  # bytes; file systems take 255, a temporary name is up to 18 longer
 
 
 @contextmanager
@@ -36,3 +38,13 @@ def flush_to_disk(path: Path) -> None:
     """Wait until the file's content is on the disk: else a power cut after the rename could leave it empty."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def fitting_name(name: str, ending: str = "") -> str:
+    """Return name + ending, a name too long for a file being cut and told apart by a digest of all of it."""
+    data = name.encode("utf-8", "surrogateescape")
+    room = LONGEST_NAME - len(ending.encode("utf-8", "surrogateescape"))
+    if len(data) <= room:
+        return name + ending
+    digest = hashlib.blake2b(data, digest_size=6).hexdigest()
+    return f"{data[: room - len(digest) - 1].decode('utf-8', 'ignore')}~{digest}{ending}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.whole_file import flush_to_disk, whole_file
+from library.whole_file import fitting_name, flush_to_disk, whole_file
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -45,3 +45,16 @@ def test_the_temporary_file_has_the_suffix_by_which_writers_choose_the_format(tm
     with whole_file(tmp_path / "lora.ckpt") as partial:
         assert partial.suffix == ".ckpt"
         partial.write_bytes(b"")
+
+
+def test_a_name_that_fits_is_left_alone() -> None:
+    assert fitting_name("cat.png", "_64x64.npy") == "cat.png_64x64.npy"
+
+
+def test_a_long_name_fits_with_its_temporary_mark_and_stays_its_own(tmp_path: Path) -> None:
+    names = {fitting_name(f"{'猫' * 83}{number}", ".npy") for number in (1, 2)}
+    assert len(names) == 2
+    for name in names:
+        assert name.startswith("猫" * 50)
+        with whole_file(tmp_path / name) as partial:
+            partial.write_bytes(b"new")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from library.errors import DataError
 from library.masks import MaskKind, MaskSource, Sums
-from library.whole_file import MARK, whole_file
+from library.whole_file import MARK, fitting_name, whole_file
 
 SUFFIX = ".safetensors"
 FORMAT = 1  # raised when the same fingerprint would mean other contents
@@ -113,12 +113,13 @@ def entry_path(image: Path, bucket: tuple[int, int], family: str, cache_dir: Pat
         cache_dir: None for beside the image.
         variant: counts the further uses of an image in the same bucket with another cut or mask in one run.
     """
-    name = f"{image.name}_{bucket[0]}x{bucket[1]}_{family}{f'~{variant}' if variant else ''}{SUFFIX}"
+    ending = f"_{bucket[0]}x{bucket[1]}_{family}{f'~{variant}' if variant else ''}{SUFFIX}"
+    name = fitting_name(image.name, ending)
     if cache_dir is None:
         return image.parent / name
     folder = image.parent.resolve()  # folders of the same name are told apart by the whole path
     tag = hashlib.blake2b(folder.as_posix().encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
-    return cache_dir / f"{folder.name or 'root'}-{tag}" / name
+    return cache_dir / fitting_name(folder.name or "root", f"-{tag}") / name
 
 
 def content_digest(data: bytes) -> str:

@@ -16,6 +16,7 @@ from library.dataset.problems import Joint, Problem
 from library.dataset.scan import Sample, Scan
 from library.errors import DataError
 from library.masks import CELL
+from library.whole_file import fitting_name
 
 NEARLY = 0.02  # a mean weight this near to 0 or 1 is suspicious
 FRAME = 1 / 16  # width of the frame whose weight tells an inverted mask, of the shorter side
@@ -49,7 +50,7 @@ def read_masks(samples: Sequence[Sample], folder: Path | None = None) -> list[Co
             raise DataError(f"{folder}: cannot be made ({error.strerror or error}).") from None
     digits = len(str(len(samples)))
     targets = [
-        None if folder is None else folder.resolve() / f"{number:0{digits}}_{sample.path.stem}.npy"
+        None if folder is None else folder.resolve() / fitting_name(f"{number:0{digits}}_{sample.path.stem}", ".npy")
         for number, sample in enumerate(samples)
     ]
     pairs = list(zip(samples, targets, strict=True))
@@ -92,14 +93,18 @@ def mask_problems(samples: Sequence[Sample], coverages: Sequence[Coverage | Data
 def _doubts(sample: Sample, coverage: Coverage) -> list[Problem]:
     path = sample.mask.path or sample.path
     kind = "mask" if sample.mask.kind == "file" else "alpha channel"
+    (width, height), resized = sample.transform.target, sample.transform.resized
+    everywhere = "everywhere"
+    if resized != (width, height):  # what is cut off may be of another colour
+        everywhere += f" in the {width}x{height} that are kept of {resized[0]}x{resized[1]}"
     if coverage.mean == 0:
-        text = f"the {kind} is black everywhere: nothing of {sample.path.name} is learnt."
+        text = f"the {kind} is black {everywhere}: nothing of {sample.path.name} is learnt."
         joint = Joint("masks are black everywhere, so that nothing of their image is learnt", path.name)
     elif coverage.mean < NEARLY:
         text = f"the {kind} lets only {coverage.mean:.1%} of {sample.path.name} through."
         joint = Joint(f"masks let less than {NEARLY:.0%} of their image through", path.name)
     elif coverage.mean == 1:
-        text = f"the {kind} is white everywhere: all of {sample.path.name} is learnt, as without a mask."
+        text = f"the {kind} is white {everywhere}: all of {sample.path.name} is learnt, as without a mask."
         joint = Joint("masks are white everywhere, as if there were none", path.name)
     elif coverage.frame > 0.75 and coverage.centre < 0.25:
         text = f"the {kind} is white along the border and black in the middle: is it inverted? White is learnt."

@@ -113,6 +113,19 @@ def test_names_keep_extension_size_and_family_apart():
     assert "cat.png_64x128_sd~1.safetensors" in names
 
 
+@pytest.mark.parametrize("letter", ["n", "\u732b"])
+def test_pictures_with_the_longest_names_have_entries_of_their_own(tmp_path, letter):
+    stem = letter * (250 // len(letter.encode()))
+    images = [tmp_path / f"{stem}{number}.png" for number in (1, 2)]
+    for cache_dir in (None, tmp_path / "cache"):
+        paths = [entry_path(image, (1024, 1024), "sdxl", cache_dir) for image in images]
+        assert len(set(paths)) == 2
+        for image, path in zip(images, paths, strict=True):
+            image.touch()
+            write(path, wanted_of(image))
+            assert judge(path, wanted_of(image)).state is State.FRESH
+
+
 def test_a_cache_folder_keeps_folders_of_the_same_name_apart(tmp_path):
     first = entry_path(tmp_path / "a" / "img" / "cat.png", (64, 64), "sd", tmp_path / "cache")
     second = entry_path(tmp_path / "b" / "img" / "cat.png", (64, 64), "sd", tmp_path / "cache")
