@@ -28,6 +28,8 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ORIENTATION_TAG = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 INFO_FILE = "metadata_cache.json"
+JPEG_END = b"\xff\xd9"
+JPEG_TAIL = 1 << 14  # bytes in which the end mark is looked for: cameras and editors write behind it
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,21 @@ def image_extensions() -> tuple[str, ...]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder, not in folders within, sorted by name. Raises: DataError: no such folder."""
+    """Return the image files in a folder, sorted by name; not those in folders within, nor hidden ones.
+
+    Hidden are names that begin with a dot, like the ._cat.png that macOS puts beside a cat.png on foreign disks.
+
+    Raises: DataError if there is no such folder.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder. Relative names start at {Path.cwd()}.")
     extensions = image_extensions()
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.name.lower().endswith(extensions) and entry.is_file())
+        names = sorted(
+            entry.name
+            for entry in entries
+            if entry.name.lower().endswith(extensions) and not entry.name.startswith(".") and entry.is_file()
+        )
     return [folder / name for name in names]
 
 
@@ -64,8 +75,8 @@ def read_header(path: Path) -> Header:
     """Return the size, orientation and transparency of an image. Raises: DataError naming the file."""
     try:
         with Image.open(path) as image:
-            if image.format == "PNG" and _has_text_after_pixels(path):
-                image.load()  # some programs write EXIF behind the pixels
+            if _needs_decoding(path, image.format):
+                image.load()
             # The base class reads what is there; a PNG's own method would decode the picture to look for more.
             orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
             if orientation not in range(1, 9):
@@ -77,18 +88,27 @@ def read_header(path: Path) -> Header:
         raise DataError(f"{path}: cannot be read as an image ({reason}). Save it again, or take it away.") from None
 
 
-def _has_text_after_pixels(path: Path) -> bool:
+def _needs_decoding(path: Path, image_format: str | None) -> bool:
+    """Return whether the header is not all: some programs write EXIF behind the pixels, and some files are cut short.
+
+    Both are seen at the end of a file; whether a file without an end can be used is for the decoder to say.
+    """
     with path.open("rb") as file:
-        file.seek(8)
-        seen_pixels = False
-        for kind in _png_chunks(file):
-            seen_pixels = seen_pixels or kind == b"IDAT"
-            if seen_pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-                return True
+        if image_format == "PNG":
+            kinds = list(_png_chunks(file))
+            return kinds[-1:] != [b"IEND"] or not {b"eXIf", b"iTXt", b"tEXt", b"zTXt"}.isdisjoint(_behind_pixels(kinds))
+        if image_format in ("JPEG", "MPO"):
+            file.seek(max(0, os.fstat(file.fileno()).st_size - JPEG_TAIL))
+            return JPEG_END not in file.read()
     return False
 
 
+def _behind_pixels(kinds: Sequence[bytes]) -> Sequence[bytes]:
+    return kinds[kinds.index(b"IDAT") :] if b"IDAT" in kinds else ()
+
+
 def _png_chunks(file: BinaryIO) -> Iterable[bytes]:
+    file.seek(8)
     while len(start := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", start)
         yield kind

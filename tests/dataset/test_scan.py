@@ -110,11 +110,36 @@ def test_a_palette_with_a_transparent_colour_has_alpha(images):
 
 
 def test_headers_alone_are_read(images):
-    whole = save(images / "a.png", (512, 512)).read_bytes()
-    (images / "a.png").write_bytes(whole[: whole.index(b"IDAT") + 20])
+    for name in ("a.png", "b.jpg"):
+        data = bytearray(save(images / name, (512, 512)).read_bytes())
+        middle = data.index(b"IDAT") + 4 if name == "a.png" else len(data) // 2
+        data[middle : middle + 20] = bytes(20)
+        (images / name).write_bytes(data)
     found = scan_of(with_class(images))
-    assert names(found.samples) == ["a.png"]
+    assert names(found.samples) == ["a.png", "b.jpg"]
     assert not found.problems
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_a_file_that_is_cut_short_is_an_error(images, name):
+    data = save(images / name, (512, 512)).read_bytes()
+    (images / name).write_bytes(data[: len(data) // 2])
+    found = scan_of(with_class(images))
+    assert not found.samples
+    (message,) = messages(found, "error")
+    assert f"{name}: cannot be read as an image" in message
+
+
+def test_bytes_behind_the_end_of_a_jpeg_are_no_harm(images):
+    path = save(images / "a.jpg")
+    path.write_bytes(path.read_bytes() + bytes(100_000))
+    assert read_header(path).size == (96, 64)
+
+
+def test_what_macos_puts_beside_files_is_no_image(images):
+    save(images / "a.png")
+    (images / "._a.png").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert files.list_images(images) == [images / "a.png"]
 
 
 def test_a_file_that_is_no_image_is_an_error_that_names_it(images):
