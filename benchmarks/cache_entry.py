@@ -10,10 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from measuring import Figure, conclude, load, make_parser, timed
-
 import numpy as np
 import torch
+from measuring import Figure, conclude, load, make_parser, timed
 
 from library.cache import latents
 from library.cache.latents import CachedLatents, Fingerprint, Stamp
@@ -30,7 +29,9 @@ def entry(mask_kind: MaskKind) -> tuple[CachedLatents, Fingerprint]:
     values = torch.randn(4, SIDE // CELL, SIDE // CELL, generator=generator).half()
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
     mask = None if mask_kind == "none" else shrink(pixels)
-    image = Stamp("datasets/characters/cat/images/cat_on_a_chair_0001.png", 1_700_000_000_000_000_000, 1_500_000, "0" * 32)
+    image = Stamp(
+        "datasets/characters/cat/images/cat_on_a_chair_0001.png", 1_700_000_000_000_000_000, 1_500_000, "0" * 32
+    )
     cut = f"{SIDE}x{SIDE} {SIDE}x{SIDE} 0x0 {SIDE}x{SIDE} default"
     return CachedLatents(values, None, mask), Fingerprint(image, cut, "0" * 32, "F16", mask_kind, None)
 

@@ -1,4 +1,4 @@
-"""Filling the latent cache with an encoder that costs nothing: what decoding, masks, hashing and writing leave possible.
+"""Filling the latent cache with an encoder that costs nothing: what reading, masks, hashing and writing allow.
 
 For RGBA pictures (alpha masks) and for JPEG with mask images it measures a first start, a second start (all entries up
 to date), and starts after the masks were switched off and on (only masks are renewed). The rate counts the whole of
@@ -105,7 +105,9 @@ def measure(case: Case, settings: LatentSettings, runs: int, warm_up: int) -> li
 def decoding(case: Case, runs: int) -> Figure:
     """Return what decoding one picture costs on one thread: the floor under the rate."""
     paths = [sample.path for sample in case.masked[: max(1, min(20, runs * 10))]]
-    seconds = [timed(lambda path=path: images.read_image(path, want_alpha=True), runs=1, warm_up=1)[0] for path in paths]
+    seconds = [
+        timed(lambda path=path: images.read_image(path, want_alpha=True), runs=1, warm_up=1)[0] for path in paths
+    ]
     return Figure(f"decode one, one thread ({case.kind})", "ms", tuple(1000 * each for each in seconds), 1)
 
 

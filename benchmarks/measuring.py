@@ -105,7 +105,9 @@ def conclude(arguments: argparse.Namespace, figures: Sequence[Figure], load_befo
 def as_table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as a Markdown table whose columns line up; the first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 

@@ -1,4 +1,4 @@
-"""Pictures for the benchmarks, made from the example photos: with their edges, colours and noise decoding costs its due."""
+"""Pictures for the benchmarks, made of the example photos: their edges, colours and noise make decoding cost its due."""
 
 from __future__ import annotations
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from measuring import ROOT, Figure, conclude, load, make_parser, timed
 
 MAX_ANSWER_S = 0.5
+DATASET = Path("examples") / "masked_lora" / "dataset_both.toml"
 # Where a phase ends: the first line of the log that holds the words.
 PHASES = {
     "imports, options, data set": "INFO seed ",
     "load the model": "INFO loaded ",
-    "encode 14 images": "INFO latents:",
+    "encode the images": "INFO latents:",
     "network and optimizer": "INFO training:",
     "step 1 and its file": "INFO saved ",
 }
@@ -103,10 +104,10 @@ def measure_answers(runs: int, warm_up: int) -> list[Figure]:
     ]
 
 
-def measure_training(dataset: Path, runs: int, warm_up: int) -> list[Figure]:
-    """Return the phases of runs of one step."""
+def measure_training(model: Path | None, dataset: Path, runs: int, warm_up: int) -> list[Figure]:
+    """Return the phases of runs of one step; a model of None is made first."""
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder))
+        model = model or make_model(Path(folder))
         measured = [train_one_step(model, dataset, Path(folder) / "output") for _ in range(warm_up + runs)][warm_up:]
     return [Figure(phase, "s", tuple(each[phase] for each in measured), warm_up) for phase in measured[0]]
 
@@ -115,15 +116,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for."""
     parser = make_parser(__doc__)
     parser.add_argument("--runs", type=int, default=5, help="runs that count (default 5)")
+    parser.add_argument("--model", type=Path, help="a checkpoint of SD 1.x; default: the embedded one, newly made")
+    parser.add_argument("--dataset_config", type=Path, default=DATASET, help="default: the example's")
     arguments = parser.parse_args(argv)
     runs, warm_up = (1, 0) if arguments.quick else (arguments.runs, 1)
     os.environ["PYTHONPATH"] = str(ROOT)
     load_before = load()
-    figures = measure_answers(4 * runs, warm_up)
+    figures = measure_answers(1 if arguments.quick else 4 * runs, warm_up)
     if not arguments.quick:
         for name, statement in IMPORTS.items():
             figures.append(Figure(name, "s", timed(lambda s=statement: import_alone(s), runs=runs, warm_up=1), 1))
-    figures += measure_training(ROOT / "examples" / "masked_lora" / "dataset_both.toml", runs, warm_up)
+    figures += measure_training(arguments.model, arguments.dataset_config, runs, warm_up)
     conclude(arguments, figures, load_before)
 
 

@@ -108,7 +108,13 @@ def make_run(model: Path, folder: Path, *, is_masked: bool, to_disk: bool, steps
     mask = f"conditioning_data_dir = '{data}/photos_mask'" if is_masked else ""
     dataset = folder / "dataset.toml"
     dataset.write_text(CONFIG.format(photos=f"{data}/photos", mask=mask), encoding="utf-8")
-    words = ["--network_module=networks.lora", "--network_dim=16", "--seed=1", "--sdpa", "--max_data_loader_n_workers=0"]
+    words = [
+        "--network_module=networks.lora",
+        "--network_dim=16",
+        "--seed=1",
+        "--sdpa",
+        "--max_data_loader_n_workers=0",
+    ]
     words += [f"--pretrained_model_name_or_path={model}", f"--dataset_config={dataset}", f"--max_train_steps={steps}"]
     words += ["--cache_latents", f"--output_dir={folder}", "--output_name=step", f"--cache_dir={folder / 'cache'}"]
     words += ["--cache_latents_to_disk"] * to_disk + ["--masked_loss"] * is_masked
@@ -140,9 +146,7 @@ def step_figures(model: Path, steps: int, cases: Sequence[tuple[str, bool]]) -> 
     figures = []
     for place, is_masked in cases:
         with tempfile.TemporaryDirectory() as folder:
-            run = make_run(
-                model, Path(folder), is_masked=is_masked, to_disk=place == "disk", steps=WARM_UP + 1 + steps
-            )
+            run = make_run(model, Path(folder), is_masked=is_masked, to_disk=place == "disk", steps=WARM_UP + 1 + steps)
             measured = measure_run(run)
         label = f"{place}, masks {'on' if is_masked else 'off'}"
         parts = {
@@ -193,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for."""
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="steps that count, of each run (default 30)")
+    parser.add_argument("--model", type=Path, help="a checkpoint of SD 1.x; default: the embedded one, newly made")
     parser.add_argument("--side", type=int, default=1024, help="pictures' sides for the loader alone (default 1024)")
     arguments = parser.parse_args(argv)
     cases = [(place, is_masked) for place in ("memory", "disk") for is_masked in (False, True)]
@@ -201,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("library").setLevel(logging.WARNING)
     load_before = load()
     with tempfile.TemporaryDirectory() as folder:
-        figures = step_figures(make_model(Path(folder)), arguments.steps, cases)
+        model = arguments.model or make_model(Path(folder))
+        figures = step_figures(model, arguments.steps, cases)
         figures += loader_figures(Path(folder), arguments.side, 10 * arguments.steps)
     conclude(arguments, figures, load_before)
     costs = [statistics.median(figure.values) for figure in figures if figure.name.endswith("outside the model")]
