@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
 from library.errors import OptionError, did_you_mean
@@ -28,6 +27,8 @@ class LmsScheduler:
 
     def __init__(self, **settings: Any) -> None:
         """Take the settings of diffusers' EulerDiscreteScheduler."""
+        from diffusers import EulerDiscreteScheduler  # here, so that errors in a dataset need not wait for diffusers
+
         self.euler: Any = EulerDiscreteScheduler(**settings)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
