@@ -128,7 +128,7 @@ def backward(run: Run, batch: Batch, place: Place) -> Tensor:
         per_image: Tensor = run.step(batch, run.latents_of(batch))
         # as sd-scripts: a short last group of an epoch is divided by the full accumulation too
         run.accelerator.backward(per_image.mean() / run.plan.gradient_accumulation_steps)
-    return per_image
+    return per_image.detach()  # a loss that is kept must not keep its graph
 
 
 def update(run: Run, losses: list[Tensor]) -> dict[str, Tensor]:

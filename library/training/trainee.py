@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -72,6 +72,7 @@ class NetworkTrainee:
     is_text_trained: bool
     save_dtype: torch.dtype | None
     device: torch.device
+    _trained: list[nn.Parameter] | None = field(default=None, init=False, repr=False)  # found at the first step
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -86,7 +87,9 @@ class NetworkTrainee:
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the weights that gradient clipping looks at."""
-        return plugin.trainable_parameters(self.network)
+        if self._trained is None:
+            self._trained = plugin.trainable_parameters(self.network)
+        return self._trained
 
     def train(self) -> None:
         """Switch the network's dropouts on."""
