@@ -1,4 +1,4 @@
-"""Pictures for the benchmarks, made of the example photos: their edges, colours and noise make decoding cost its due."""
+"""Pictures for the benchmarks, made of the example photos: their edges, colours and noise cost decoding its due."""
 
 from __future__ import annotations
 
