@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from end_to_end.training_runs import GREY, ROOT, Family, Pictures, arguments, half, save, subset, write_toml, Trained
+from end_to_end.training_runs import GREY, ROOT, Family, Pictures, Trained, arguments, half, save, subset, write_toml
 
 from library.options import read_training
 from library.training import data as training_data

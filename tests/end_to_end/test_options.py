@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from end_to_end.training_runs import differing, save, subset, tensors_of, write_toml
+from end_to_end.training_runs import differing, events_of, save, subset, tensors_of, write_toml
 
 
 @pytest.fixture
@@ -15,6 +15,10 @@ def config(pictures, tmp_path):
 def changes(run, base) -> float:
     """Return the largest difference between two runs' tensors."""
     return max(float((tensor - base.tensors[name]).abs().max()) for name, tensor in run.tensors.items())
+
+
+def events(run) -> list[str]:
+    return events_of(run.folder / "logs").Tags()["scalars"]
 
 
 def groups(run) -> set[str]:
@@ -36,8 +40,7 @@ def test_an_epochs_last_step_may_take_fewer_batches(train, pictures, tmp_path):
     assert run.names() == ["lora-000001.safetensors", "lora.safetensors"]
 
 
-def test_gradients_accumulate_over_batches(train, pictures, tmp_path):
-    """Batches of one, over two and over one: with SGD and masks that leave nothing, only the number of steps counts."""
+def test_the_loss_of_a_step_is_the_mean_over_its_accumulated_batches(train, pictures, tmp_path):
     config = write_toml(tmp_path / "d.toml", subset(pictures.photos), batch_size=1)
     once = train(config, "--max_train_steps", 2, "--learning_rate", "1e-12", name="once")
     accumulated = train(
@@ -124,12 +127,6 @@ def test_the_text_encoder_alone_can_be_trained(train, config):
     assert any(tensor.any() for name, tensor in run.tensors.items() if "lora_up" in name)
 
 
-def events(run) -> list[str]:
-    from end_to_end.training_runs import events_of
-
-    return events_of(run.folder / "logs").Tags()["scalars"]
-
-
 def test_a_text_encoder_rate_of_0_leaves_it_untrained(train, config):
     run = train(config, "--text_encoder_lr", 0)
     trained = {name.split("_")[1] for name, tensor in run.tensors.items() if "lora_up" in name and tensor.any()}
@@ -180,7 +177,7 @@ def test_scale_weight_norms_caps_every_module(train, config):
     assert "max_norm/keys_scaled" in events(run)
 
 
-def test_dropout_of_the_network_is_off_in_previews_and_on_in_training(train, config):
+def test_dropouts_of_the_network_change_what_is_learnt(train, config):
     plain = train(config, name="plain")
     dropped = train(config, "--network_dropout", 0.5, "--network_args", "rank_dropout=0.1", name="dropped")
     assert dropped.losses[0] == plain.losses[0]  # nothing is learnt yet, so nothing can be dropped

@@ -16,7 +16,9 @@ def shown(family: Family, pictures: Pictures, tmp_path_factory: pytest.TempPathF
     """A run of four steps, two epochs, with previews, TensorBoard and a report. Do not change its files."""
     folder = tmp_path_factory.mktemp("shown")
     prompts = folder / "prompts.txt"
-    prompts.write_text("# comment\na cat --n dog --w 64 --h 128 --d 5 --s 2 --l 3\na <b>bold</b> dog --w 64 --h 64 --s 2\n")
+    prompts.write_text(
+        "# comment\na cat --n dog --w 64 --h 128 --d 5 --s 2 --l 3\na <b>bold</b> dog --w 64 --h 64 --s 2\n"
+    )
     previews = ["--sample_prompts", prompts, "--sample_at_first", "--sample_every_n_steps", 2]
     more = [*previews, "--sample_sampler", "euler_a", "--report", "--unet_lr", "2e-3", "--masked_loss"]
     argv = arguments(family, folder, masks_and_alpha(folder, pictures), "--max_train_steps", 4, *more)

@@ -90,9 +90,9 @@ def no_resolution(attempt: Attempt) -> tuple[str, ...]:
 
 def missing_mask_with_a_near_miss(attempt: Attempt) -> tuple[str, ...]:
     save(attempt.folder / "masks", "photo0", np.zeros((64, 64), np.uint8))
-    save(attempt.folder / "masks", "foto1", np.zeros((64, 64), np.uint8))
+    save(attempt.folder / "masks", "photo1_mask", np.zeros((64, 64), np.uint8))
     attempt.subset["conditioning_data_dir"] = attempt.folder / "masks"
-    return "photo1", "foto1"
+    return "photo1.png", "photo1_mask.png"
 
 
 def mask_of_another_aspect(attempt: Attempt) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """Whole training runs for the tests: model families, pictures, dataset configs, and what a run leaves behind."""
 
+import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,6 @@ from safetensors import safe_open
 
 from library.cli import main
 from library.models.family import ModelFamily, Parts
-from library.models.sd import Sd
 
 ROOT = Path(__file__).resolve().parents[2]
 GREY = 51  # of 255: a weight of exactly 0.2
@@ -41,7 +41,8 @@ class Family:
 
     def load(self) -> tuple[ModelFamily, Parts]:
         """Return the family and the models of the tiny checkpoint, float32."""
-        family = Sd()
+        module, _, name = self.place.partition(":")
+        family = getattr(importlib.import_module(module), name)()
         return family, family.load(str(self.checkpoint()), None, torch.float32)
 
 
@@ -164,9 +165,7 @@ class Trained:
         return sorted(path.name for path in (self.folder / "out").glob(pattern))
 
 
-def arguments(
-    family: Family, folder: Path, dataset_config: Path | None, *more: object, seed: object = 7
-) -> list[str]:
+def arguments(family: Family, folder: Path, dataset_config: Path | None, *more: object, seed: object = 7) -> list[str]:
     """Return the command line of a short LoRA training, without the script's name; seed None leaves --seed out."""
     argv: list[object] = ["--pretrained_model_name_or_path", family.checkpoint(), "--output_dir", folder / "out"]
     argv += ["--output_name", "lora", "--network_module", "networks.lora", "--learning_rate", "1e-3"]
@@ -205,8 +204,3 @@ def differing(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment of a run in a process of its own, on the CPU, that keeps its caches in folder."""
     return {**os.environ, "XDG_CACHE_HOME": str(folder), "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "default"}
-
-
-def strings(values: Sequence[object]) -> list[str]:
-    """Return each value as text."""
-    return [str(value) for value in values]

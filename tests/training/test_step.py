@@ -1,0 +1,291 @@
+"""One training step: what masks, regularisation weights and timestep weights do to the loss and to the gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.batch import Batch
+from library.models.family import LatentSpace, Parts
+from library.models.sd import Sd
+from library.objectives.ddpm import Ddpm
+from library.objectives.objective import Compared, Noised
+from library.options.loss import LossOptions
+from library.options.noise import NoiseOptions
+from library.training.step import Step
+from networks import lora
+
+
+def batch_of(
+    masks: Tensor | None = None, weights: tuple[float, ...] = (1.0, 1.0), tokens: Tensor | None = None
+) -> Batch:
+    count, sizes = len(weights), torch.zeros(len(weights), 2, dtype=torch.int64)
+    tokens = torch.zeros(count, 1, 77, dtype=torch.int64) if tokens is None else tokens
+    names = tuple(f"{i}.png" for i in range(count))
+    return Batch(names, ("",) * count, tokens, None, None, masks, torch.tensor(weights), sizes, sizes, sizes)
+
+
+# ---- by hand: a denoiser that multiplies by its one weight -----------------------------------------------------
+
+
+class Doubler:
+    """A family whose denoiser gives its input times a weight; latents are halved on their way to it."""
+
+    latent_space = LatentSpace(channels=1, scale=0.5)
+
+    def encode_text(self, parts: Parts, tokens: Tensor) -> None:
+        """Return nothing: the denoiser reads no text."""
+
+    def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: None, batch: Batch) -> Tensor:
+        """Return the input times the weight."""
+        return noisy * parts.denoiser.weight
+
+
+@dataclass(frozen=True)
+class NoNoise:
+    """An objective that adds no noise, compares with zero, and weighs as it is told."""
+
+    element_weight: Tensor | None = None  # (B, 1, 1, 1)
+    image_weight: float = 1.0
+
+    def noise(self, latents: Tensor) -> Noised:
+        """Return the latents as they are."""
+        return Noised(latents, torch.zeros_like(latents), latents, torch.zeros(len(latents), dtype=torch.int64))
+
+    def compare(self, output: Tensor, noised: Noised) -> Compared:
+        """Compare with zero."""
+        return Compared(output, noised.noise, self.element_weight)
+
+    def huber_c(self, options: LossOptions, noised: Noised) -> Tensor | None:
+        """Return a threshold of 1 for the losses that have one."""
+        return None if options.loss_type in ("l2", "l1") else torch.ones(len(noised.latents), 1, 1, 1)
+
+    def reweigh(self, per_image: Tensor, noised: Noised) -> Tensor:
+        """Weigh all images alike."""
+        return per_image * self.image_weight
+
+
+def doubler(objective: NoNoise | None = None, loss: LossOptions | None = None) -> Step:
+    """Return a step whose denoiser gives 2x."""
+    denoiser = nn.Module()
+    denoiser.weight = nn.Parameter(torch.tensor(2.0))
+    parts = Parts(denoiser, (), nn.Identity())
+    return Step(Doubler(), parts, objective or NoNoise(), loss or LossOptions(), (denoiser,), is_text_trained=False)
+
+
+LATENTS = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]], [[[5.0, 6.0], [7.0, 8.0]]]])  # predicted as they are: x · ½ · 2
+
+
+def test_the_loss_without_masks_is_the_mean_square() -> None:
+    loss = doubler()(batch_of(), LATENTS)
+    assert loss.tolist() == [(1 + 4 + 9 + 16) / 4, (25 + 36 + 49 + 64) / 4]
+
+
+def test_the_mean_counts_masked_cells() -> None:
+    """As sd-scripts: three black cells of four leave a quarter of the fourth one's loss."""
+    mask = torch.tensor([[[[0.0, 0.0], [0.0, 1.0]]]]).expand(2, 1, 2, 2)
+    assert doubler()(batch_of(mask), LATENTS).tolist() == [16 / 4, 64 / 4]
+
+
+def test_a_half_covered_cell_counts_half() -> None:
+    mask = torch.tensor([[[[1.0, 0.5], [0.25, 0.0]]]]).expand(2, 1, 2, 2)
+    assert doubler()(batch_of(mask), LATENTS).tolist() == [(1 + 2 + 9 / 4) / 4, (25 + 18 + 49 / 4) / 4]
+
+
+def test_each_image_has_its_own_mask() -> None:
+    masks = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
+    assert doubler()(batch_of(masks), LATENTS).tolist() == [0, 43.5]
+
+
+def test_a_regularisation_image_counts_by_its_weight() -> None:
+    assert doubler()(batch_of(weights=(1.0, 0.25)), LATENTS).tolist() == [7.5, 43.5 / 4]
+
+
+def test_the_gradient_is_that_of_the_masked_loss() -> None:
+    """d/dw of mean(m (w x / 2)²) is mean(m w x² / 2): with one white cell, x = 4 and w = 2, it is 16 / 4."""
+    step = doubler()
+    mask = torch.tensor([[[[0.0, 0.0], [0.0, 1.0]]]]).expand(2, 1, 2, 2)
+    step(batch_of(mask), LATENTS)[0].backward()
+    assert step.parts.denoiser.weight.grad == 4
+
+
+def test_all_weights_multiply() -> None:
+    objective = NoNoise(element_weight=torch.tensor([2.0, 3.0])[:, None, None, None], image_weight=5.0)
+    loss = doubler(objective)(batch_of(torch.full((2, 1, 2, 2), 0.5), (1.0, 0.1)), LATENTS)
+    assert loss.tolist() == pytest.approx([7.5 * 2 * 0.5 * 5, 43.5 * 3 * 0.5 * 0.1 * 5])
+
+
+HUBER = 2 * (sum((x * x + 1) ** 0.5 for x in (1, 2, 3, 4)) - 4) / 4  # mean of 2c(√(d²+c²) - c), c = 1
+
+
+@pytest.mark.parametrize(("loss_type", "expected"), [("l1", 2.5), ("huber", HUBER)])
+def test_the_loss_type_is_what_the_mask_weighs(loss_type: str, expected: float) -> None:
+    step = doubler(loss=LossOptions(loss_type=loss_type))
+    assert step(batch_of(torch.full((2, 1, 2, 2), 0.5)), LATENTS)[0].item() == pytest.approx(expected / 2)
+
+
+def test_the_loss_is_computed_in_float32_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = doubler()(batch_of(), LATENTS + 1 / 1024)  # a part that bfloat16 has no digits for
+    assert loss.dtype == torch.float32
+    assert loss[0] != 7.5
+
+
+def test_an_image_that_breaks_does_not_break_its_neighbour() -> None:
+    latents = LATENTS.clone()
+    latents[1, 0, 0, 0] = torch.nan
+    assert doubler()(batch_of(), latents).isfinite().tolist() == [True, False]
+
+
+# ---- on a whole model with a LoRA ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A real objective whose target is moved: the loss changes there and only there."""
+
+    inner: Ddpm
+    shift: Tensor  # added to the target
+    noise: Callable[[Tensor], Noised] = field(init=False)
+    reweigh: Callable[[Tensor, Noised], Tensor] = field(init=False)
+    huber_c: Callable[[LossOptions, Noised], Tensor | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Take the rest from the real one."""
+        for name in ("noise", "reweigh", "huber_c"):
+            object.__setattr__(self, name, getattr(self.inner, name))
+
+    def compare(self, output: Tensor, noised: Noised) -> Compared:
+        """Return the real comparison with the target moved."""
+        compared = self.inner.compare(output, noised)
+        return replace(compared, target=compared.target + self.shift)
+
+
+@pytest.fixture(scope="module")
+def sd():
+    """A tiny SD 1.5 with a LoRA on all of it, its up matrices not zero, so that every weight gets gradients."""
+    from tiny_models import tiny_sd15
+
+    parts = Sd().load(str(tiny_sd15()), None, torch.float32)
+    torch.manual_seed(0)
+    targets = tuple(Sd().lora_targets(parts))
+    network = lora.create_network(1.0, 4, 1.0, None, None, None, targets=targets)
+    with torch.no_grad():
+        for layer in network.layers:
+            layer.lora_up.weight.normal_(std=0.1)
+    with network.attached():
+        yield SimpleNamespace(parts=parts, network=network)
+
+
+OBJECTIVE = Ddpm.from_options(NoiseOptions(), LossOptions(), v_parameterization=False)
+SIDE = 8
+
+
+def step_of(sd, objective=OBJECTIVE, loss: LossOptions | None = None, *, is_text_trained: bool = True) -> Step:
+    return Step(Sd(), sd.parts, objective, loss or LossOptions(), (sd.network,), is_text_trained=is_text_trained)
+
+
+def latents_of() -> Tensor:
+    return 5 * torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+def tokens_of() -> Tensor:
+    return Sd().tokenize(["a cat on a mat", "a dog"])
+
+
+def losses_and_gradients(sd, step: Step, masks: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the losses and every weight's gradient; the noise is the same at each call."""
+    sd.network.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    loss = step(batch_of(masks, tokens=tokens_of()), latents_of())
+    loss.mean().backward()
+    gradients = {name: p.grad.clone() for name, p in sd.network.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients
+
+
+def left_half() -> Tensor:
+    masks = torch.zeros(2, 1, SIDE, SIDE)
+    masks[..., : SIDE // 2] = 1
+    return masks
+
+
+def test_a_pixel_under_a_black_mask_adds_no_gradient(sd) -> None:
+    """Whatever the loss is there, every gradient stays the same, bit for bit."""
+    plain_loss, plain = losses_and_gradients(sd, step_of(sd), left_half())
+    elsewhere = 100 * (1 - left_half())
+    loss, gradients = losses_and_gradients(sd, step_of(sd, Shifted(OBJECTIVE, elsewhere)), left_half())
+    assert torch.equal(loss, plain_loss)
+    assert gradients.keys() == plain.keys()
+    assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+    assert all(gradient.isfinite().all() for gradient in plain.values())
+
+
+def test_a_pixel_under_a_white_mask_adds_a_gradient(sd) -> None:
+    _, plain = losses_and_gradients(sd, step_of(sd), left_half())
+    one_cell = torch.zeros(2, 1, SIDE, SIDE)
+    one_cell[:, :, 3, 2] = 1
+    _, gradients = losses_and_gradients(sd, step_of(sd, Shifted(OBJECTIVE, one_cell)), left_half())
+    assert sum(not torch.equal(gradients[name], plain[name]) for name in plain) > 0.9 * len(plain)
+
+
+def test_the_gradient_of_a_mask_and_of_its_opposite_add_up_to_that_of_the_picture(sd) -> None:
+    whole_loss, whole = losses_and_gradients(sd, step_of(sd), None)
+    left_loss, left = losses_and_gradients(sd, step_of(sd), left_half())
+    right_loss, right = losses_and_gradients(sd, step_of(sd), 1 - left_half())
+    torch.testing.assert_close(left_loss + right_loss, whole_loss)
+    for name, gradient in whole.items():
+        assert (left[name] + right[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-6
+
+
+def test_white_masks_are_as_good_as_none(sd) -> None:
+    none_loss, none = losses_and_gradients(sd, step_of(sd), None)
+    white_loss, white = losses_and_gradients(sd, step_of(sd), torch.ones(2, 1, SIDE, SIDE))
+    assert torch.equal(none_loss, white_loss)
+    assert all(torch.equal(white[name], none[name]) for name in none)
+
+
+def test_black_masks_give_no_gradient_at_all(sd) -> None:
+    loss, gradients = losses_and_gradients(sd, step_of(sd), torch.zeros(2, 1, SIDE, SIDE))
+    assert loss.tolist() == [0, 0]
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_the_loss_is_the_references_formula_element_by_element(sd) -> None:
+    """masked_loss: l2 per element, times the mask, mean over all, times the image's weight, times min-SNR."""
+    options = LossOptions(min_snr_gamma=5.0)
+    objective = Ddpm.from_options(NoiseOptions(), options, v_parameterization=False)
+    masks = torch.rand(2, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+    batch = batch_of(masks, (1.0, 0.3), tokens_of())
+    with torch.no_grad():
+        torch.manual_seed(3)
+        loss = step_of(sd, objective, options)(batch, latents_of())
+        torch.manual_seed(3)
+        noised = objective.noise(latents_of() * 0.18215)
+        text = sd.parts.text_encoders[0](batch.tokens[:, 0]).last_hidden_state
+        output = sd.parts.denoiser(noised.noisy, noised.timesteps, text).sample
+    for i, weight in enumerate((1.0, 0.3)):
+        total = 0.0
+        for channel, row, column in np.ndindex(4, SIDE, SIDE):
+            difference = float(output[i, channel, row, column]) - float(noised.noise[i, channel, row, column])
+            total += difference**2 * float(masks[i, 0, row, column])
+        kept = float(objective.alphas_cumprod[noised.timesteps[i]])
+        ratio = kept / (1 - kept)
+        expected = total / (4 * SIDE * SIDE) * weight * min(ratio, 5.0) / ratio
+        assert loss[i].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_encoder_that_is_not_trained_gets_no_gradient(sd) -> None:
+    _, trained = losses_and_gradients(sd, step_of(sd, is_text_trained=True), None)
+    _, untrained = losses_and_gradients(sd, step_of(sd, is_text_trained=False), None)
+    assert {name for name in trained if name.startswith("lora_te_")}
+    assert {name for name in untrained if not name.startswith("lora_te_")} == set(untrained)
+
+
+def test_only_what_is_trained_is_part_of_the_step(sd) -> None:
+    step = step_of(sd)
+    assert {id(p) for p in step.parameters()} == {id(p) for p in sd.network.parameters()}
+    assert step.parts is sd.parts
