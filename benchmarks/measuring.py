@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow", "opencv-python-headless")
+QUIET_CORES = 0.3  # kept busy by other programs: less is quiet
 HEADINGS = ("what", "unit", "min", "median", "max", "runs", "warm-up", "bound")
 
 if str(ROOT) not in sys.path:
@@ -142,6 +143,16 @@ def busy_s() -> float:
         return 0.0
     user, nice, system, _idle, _waiting, interrupt, soft_interrupt = map(int, words[1:8])
     return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until_quiet(patience_s: float) -> None:
+    """Return once other programs leave the cores alone for 2 s, or after patience_s."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        before = busy_s()
+        time.sleep(2)
+        if busy_s() - before < 2 * QUIET_CORES:
+            return
 
 
 def versions() -> str:
