@@ -18,10 +18,11 @@ class CachingOptions:
     )
     cache_dir: str | None = option(None, "Folder for the cache files. Unset: beside the images.", is_path=True)
     skip_cache_check: bool = option(False, "Take cache files as valid without comparing them with their images.")
-    vae_batch_size: int = option(1, "Images per call of the VAE.", bounds=Bounds(min=1))
+    vae_batch_size: int = option(1, "Images per call of the VAE. 0 is 1.", bounds=Bounds(min=0))
 
     def __post_init__(self) -> None:
-        """Check the values; a cache on disk is a cache."""
+        """Check the values; a cache on disk is a cache, and the VAE takes one image at least."""
         check_values(self)
         if self.cache_latents_to_disk:
             settle(self, "cache_latents", True)
+        settle(self, "vae_batch_size", max(1, self.vae_batch_size))

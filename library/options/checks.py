@@ -95,7 +95,8 @@ def _idle_saving_options(options: Options) -> Iterator[str]:
         yield "--sample_every_n_steps has no effect: --sample_every_n_epochs decides"
     is_sampling = sampling.sample_at_first or sampling.sample_every_n_epochs or sampling.sample_every_n_steps
     if sampling.sample_prompts is not None and not is_sampling:
-        yield "--sample_prompts has no effect without --sample_every_n_steps or --sample_every_n_epochs"
+        times = "--sample_at_first, --sample_every_n_steps or --sample_every_n_epochs"
+        yield f"--sample_prompts has no effect without {times}"
 
 
 def _idle_logging_options(options: Options) -> Iterator[str]:

@@ -169,7 +169,7 @@ def _without_reader(values: Mapping[str, Any]) -> list[str]:
     Raises: OptionError for one that is refused.
     """
     for each in REFUSED:
-        if values.get(each.name, each.default) != each.default:
+        if values.get(each.name, each.default) not in (each.default, 0):  # programs that fill in forms write 0 for off
             raise OptionError(f"--{each.name} cannot be used: {each.reason}. Leave it out.")
     return [
         f"--{each.name} has no effect: {each.reason}"

@@ -33,7 +33,7 @@ class Elsewhere:
         return Declared(self.name, self.element, self.default, self.reason, is_optional=is_optional)
 
 
-# Given with another value than its default, such an option is an error.
+# Given with another value than its default or 0, such an option is an error.
 REFUSED = (
     Elsewhere("dataset_class", str, None, f"a dataset class of one's own cannot be plugged in; {_DATA}"),
     Elsewhere("in_json", str, None, f"metadata files are not read by this version; {_DATA}"),

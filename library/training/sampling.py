@@ -35,9 +35,6 @@ def check(options: SamplingOptions) -> list[SamplePrompt]:
     if not options.sample_prompts:
         return []
     if not (options.sample_at_first or options.sample_every_n_epochs or options.sample_every_n_steps):
-        log.warning(
-            "--sample_prompts without --sample_at_first, --sample_every_n_epochs or --sample_every_n_steps: no samples"
-        )
         return []
     prompts = read_prompts(Path(options.sample_prompts))
     for number, prompt in enumerate(prompts, start=1):

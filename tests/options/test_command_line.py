@@ -190,6 +190,11 @@ def test_a_refused_option_at_its_default_is_silently_fine(config):
     assert found.warnings == ()
 
 
+def test_a_refused_option_that_is_off_by_a_0_is_silently_fine(config):
+    found = read(config("save_last_n_steps_state = 0\nvalidate_every_n_steps = 0\ninitial_epoch = 0\n"))
+    assert found.warnings == ()
+
+
 @pytest.mark.parametrize("option", IGNORED, ids=lambda option: option.name)
 def test_an_ignored_option_is_warned_about(option):
     assert read(f"--{option.name}").warnings == (f"--{option.name} has no effect: {option.reason}",)

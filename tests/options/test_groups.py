@@ -33,7 +33,7 @@ WRONG = [
     (DatasetOptions, {"face_crop_aug_range": "2"}, "--face_crop_aug_range must be MIN,MAX"),
     (DatasetOptions, {"prior_loss_weight": -1.0}, "--prior_loss_weight must be at least 0"),
     (CaptionOptions, {"caption_dropout_rate": 1.5}, "--caption_dropout_rate must be at least 0 and at most 1"),
-    (CachingOptions, {"vae_batch_size": 0}, "--vae_batch_size must be at least 1"),
+    (CachingOptions, {"vae_batch_size": -1}, "--vae_batch_size must be at least 0"),
     (NoiseOptions, {"min_timestep": 600, "max_timestep": 400}, "--min_timestep 600 is above --max_timestep 400"),
     (NoiseOptions, {"max_timestep": 1001}, "--max_timestep must be at least 0 and at most 1000"),
     (LossOptions, {"huber_c": 0.0}, "--huber_c must be above 0"),
@@ -151,3 +151,7 @@ def test_public_values_hold_no_secret_and_no_path():
     assert values["network_dim"] == 16
     assert values["log_with"] == "wandb"
     assert not {"wandb_api_key", "pretrained_model_name_or_path", "base_weights", "output_dir"} & set(values)
+
+
+def test_a_vae_batch_of_no_image_is_one_of_one():
+    assert CachingOptions(vae_batch_size=0).vae_batch_size == 1

@@ -266,10 +266,8 @@ def test_no_samples_are_asked_for_by_default() -> None:
     assert check(SamplingOptions()) == []
 
 
-def test_prompts_without_a_time_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "p.txt").write_text("a cat")
-    assert check(SamplingOptions(sample_prompts=str(tmp_path / "p.txt"))) == []
-    assert "--sample_prompts" in caplog.text
+def test_prompts_without_a_time_are_not_read(tmp_path: Path) -> None:
+    assert check(SamplingOptions(sample_prompts=str(tmp_path / "absent.txt"))) == []
 
 
 def test_an_unknown_sampler_in_a_prompt_is_told_with_its_place(tmp_path: Path) -> None:
