@@ -98,7 +98,9 @@ def make_accelerator(options: Options, checked: Checked) -> Accelerator:
     training = options.training
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
-            gradient_as_bucket_view=training.ddp_gradient_as_bucket_view, static_graph=training.ddp_static_graph
+            find_unused_parameters=may_leave_weights_out(options),
+            gradient_as_bucket_view=training.ddp_gradient_as_bucket_view,
+            static_graph=training.ddp_static_graph,
         )
     ]
     if training.ddp_timeout is not None:
@@ -113,6 +115,15 @@ def make_accelerator(options: Options, checked: Checked) -> Accelerator:
     if training.full_fp16:
         let_scaler_take_half_gradients(accelerator.scaler)
     return accelerator
+
+
+def may_leave_weights_out(options: Options) -> bool:
+    """Return whether a step may use only some of the trained weights, which several processes must then look for.
+
+    Looking takes time at each step. --clip_skip leaves out the text encoder's last layers, module dropout any module.
+    """
+    is_layer_skipped = (options.model.clip_skip or 1) > 1 and not options.network.network_train_unet_only
+    return is_layer_skipped or "module_dropout" in trainee.network_arguments(options.network.network_args)
 
 
 def common_seed(given: int | None) -> int:

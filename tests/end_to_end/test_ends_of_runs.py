@@ -80,6 +80,7 @@ def test_ctrl_c_saves_whole_files_and_leaves_no_other(workers, family: Family, c
     assert process.returncode == 130, messages
     assert messages.splitlines()[-1] == "interrupted"
     assert "Traceback" not in messages
+    assert messages.count("stopping after this step") == 1
     names = sorted(path.name for path in (tmp_path / "out").iterdir())  # a temporary file would be among them
     assert [name for name in names if not name.startswith("lora-step")] == []
     last = tmp_path / "out" / names[-1]
@@ -135,3 +136,12 @@ def test_two_processes_train_together_and_one_of_them_writes(family: Family, pic
     assert len(list((out / "sample").iterdir())) == 4
     assert metadata_of(out / "lora.safetensors")["ss_num_batches_per_epoch"] == "2"
     assert any(tensor.any() for name, tensor in tensors_of(out / "lora.safetensors").items() if "lora_up" in name)
+
+
+def test_two_processes_may_leave_weights_out_of_a_step(family: Family, config, tmp_path):
+    """--clip_skip leaves out the last layer of the text encoder at every step, module dropout other modules each."""
+    more = ("--clip_skip", 2, "--network_args", "module_dropout=0.3", "--max_train_steps", 3)
+    launch(family, 2, arguments(family, tmp_path, config, *more), tmp_path)
+    trained = tensors_of(tmp_path / "out" / "lora.safetensors")
+    assert not trained["lora_te_text_model_encoder_layers_11_mlp_fc1.lora_up.weight"].any()
+    assert trained["lora_te_text_model_encoder_layers_10_mlp_fc1.lora_up.weight"].any()
