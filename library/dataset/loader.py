@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -177,7 +179,7 @@ def make_loader(
         num_workers=num_workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        worker_init_fn=_use_one_thread if num_workers else None,
+        worker_init_fn=_prepare_worker if num_workers else None,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
     )
@@ -187,6 +189,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _use_one_thread(_: int) -> None:
+def _prepare_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process ends its workers
     cv2.setNumThreads(0)  # its pool does not survive a fork, and the workers are the threads
     torch.set_num_threads(1)
