@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -190,6 +189,8 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _prepare_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process ends its workers
+    # Ctrl-C, and the SIGTERM of a launcher, reach all processes: the main one saves first, then ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)  # its pool does not survive a fork, and the workers are the threads
     torch.set_num_threads(1)

@@ -1,3 +1,6 @@
+import multiprocessing
+import os
+import signal
 from dataclasses import fields, replace
 from itertools import chain, islice, repeat
 
@@ -197,3 +200,15 @@ def test_a_damaged_image_ends_the_run_in_one_line(pictures, num_workers):
     with pytest.raises(DataError, match=r"b\.png: cannot be decoded") as raised:
         next(loader)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there, a signal ends a process at once")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(pictures, number):
+    """Ctrl-C reaches them too, but the run takes one step more before it saves, and needs its batch."""
+    dataset = DrawnImages(augmented_samples(pictures), SETTINGS)
+    loader = iter(make_loader(dataset, repeat(draws_of(0, 1)), num_workers=1, pin_memory=False))
+    next(loader)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
+    assert len(list(islice(loader, 12))) == 12  # more than are loaded ahead
