@@ -1,8 +1,12 @@
 """Settings for the whole suite. They stand before any import of torch, because it reads them only then."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -14,3 +18,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for place in (ROOT, Path(__file__).resolve().parent):  # the project itself, and what tests share
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
+
+
+LEVEL_AS_FOUND = logging.getLogger().level
+
+
+@pytest.fixture(scope="module", autouse=True)
+def logging_as_found() -> Iterator[None]:
+    """Take back what runs of whole commands set up, so that the tests of one file do not hear of another's."""
+    yield
+    logging.getLogger().setLevel(LEVEL_AS_FOUND)
