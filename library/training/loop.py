@@ -124,6 +124,7 @@ def backward(run: Run, batch: Batch, place: Place) -> Tensor:
     """Add the gradient of one micro-batch; return its losses (B,), still on the device."""
     batch = batch.to(run.accelerator.device)
     draws.seed_batch(run.plan.seed, place.position, run.accelerator.process_index)
+    run.trainee.before_batch()
     with nullcontext() if place.is_update else run.accelerator.no_sync(run.step):
         per_image: Tensor = run.step(batch, run.latents_of(batch))
         # as sd-scripts: a short last group of an epoch is divided by the full accumulation too

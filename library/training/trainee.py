@@ -48,6 +48,10 @@ class Trainee(Protocol):
         """Switch dropout off."""
         ...
 
+    def before_batch(self) -> None:
+        """Do what is due before a batch's forward pass."""
+        ...
+
     def before_update(self) -> dict[str, Tensor]:
         """Return what is measured of the gradients, as scalars on the device."""
         ...
@@ -98,6 +102,10 @@ class NetworkTrainee:
     def eval(self) -> None:
         """Switch the network's dropouts off."""
         self.network.eval()
+
+    def before_batch(self) -> None:
+        """Tell networks that want to know that a batch begins."""
+        plugin.start_step(self.network, self.models)
 
     def before_update(self) -> dict[str, Tensor]:
         """Return the norms of networks that watch theirs."""

@@ -5,6 +5,8 @@ import pytest
 import torch
 from end_to_end.training_runs import differing, events_of, save, subset, tensors_of, write_toml
 
+from networks.network import LoraNetwork
+
 
 @pytest.fixture
 def config(pictures, tmp_path):
@@ -182,6 +184,14 @@ def test_dropouts_of_the_network_change_what_is_learnt(train, config):
     dropped = train(config, "--network_dropout", 0.5, "--network_args", "rank_dropout=0.1", name="dropped")
     assert dropped.losses[0] == plain.losses[0]  # nothing is learnt yet, so nothing can be dropped
     assert differing(dropped.tensors, plain.tensors)
+
+
+def test_a_network_that_asks_for_it_is_told_of_each_batch(train, config, monkeypatch):
+    """Third-party networks may have on_step_start; ours, standing in for one here, has none."""
+    told = []
+    monkeypatch.setattr(LoraNetwork, "on_step_start", lambda *network_and_models: told.append(1), raising=False)
+    train(config, "--max_train_steps", 2)
+    assert len(told) == 2
 
 
 def test_flips_are_drawn_from_a_cache(train, pictures, tmp_path):
