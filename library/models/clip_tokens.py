@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import CheckpointError
+from library.whole_file import whole_file
 
 BOS, EOS = 49406, 49407  # <|startoftext|>, <|endoftext|>
 WINDOW = 77
@@ -48,11 +49,15 @@ def _byte_letters() -> list[str]:
 
 
 def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
-    """Write vocab.json and merges.txt, as every version of transformers' CLIPTokenizer reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(dict(vocabulary.ids), ensure_ascii=False), encoding="utf-8")
+    """Write merges.txt and vocab.json, as every version of transformers' CLIPTokenizer reads them.
+
+    Where vocab.json is, both are whole: other processes may be reading.
+    """
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in vocabulary.merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with whole_file(folder / "merges.txt") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with whole_file(folder / "vocab.json") as partial:
+        partial.write_text(json.dumps(dict(vocabulary.ids), ensure_ascii=False), encoding="utf-8")
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
@@ -78,13 +83,20 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 
 def cached_vocabulary(cache_dir: str | None, name: str) -> Vocabulary:
-    """Return the vocabulary kept in cache_dir/name, or the shipped one, which is then kept there."""
+    """Return the vocabulary kept in cache_dir/name, or the shipped one, which is then kept there.
+
+    Raises:
+        CheckpointError: it cannot be read, or the folder cannot be written.
+    """
     if cache_dir is None:
         return shipped_vocabulary()
     folder = Path(cache_dir) / name
-    if folder.is_dir():
+    if any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):
         return read_vocabulary(folder)
-    write_vocabulary(folder, shipped_vocabulary())
+    try:
+        write_vocabulary(folder, shipped_vocabulary())
+    except OSError as error:
+        raise CheckpointError(f"--tokenizer_cache_dir: {folder} cannot be written ({error.strerror}).") from None
     return shipped_vocabulary()
 
 

@@ -76,6 +76,20 @@ def test_the_tokenizer_cache_dir_is_filled_and_then_read(tmp_path):
     assert (folder / "merges.txt").is_file()
 
 
+def test_a_tokenizer_folder_that_another_process_is_filling_is_not_read(tmp_path):
+    """Every loader process asks for the tokenizer at once, when the folder is there and its files are not."""
+    folder = tmp_path / "openai_clip-vit-large-patch14"
+    folder.mkdir()
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    assert torch.equal(Sd(tokenizer_cache_dir=str(tmp_path)).tokenize(["a cat"]), Sd().tokenize(["a cat"]))
+
+
+def test_a_tokenizer_cache_dir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="--tokenizer_cache_dir: .*cannot be written"):
+        Sd(tokenizer_cache_dir=str(tmp_path / "file")).tokenize(["a cat"])
+
+
 def test_a_vocabulary_found_in_the_tokenizer_cache_dir_is_used(tmp_path):
     folder = tmp_path / "openai_clip-vit-large-patch14"
     write_vocabulary(folder, shipped_vocabulary())
