@@ -86,7 +86,7 @@ def test_a_tokenizer_folder_that_another_process_is_filling_is_not_read(tmp_path
 
 def test_a_tokenizer_cache_dir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="--tokenizer_cache_dir: .*cannot be written"):
+    with pytest.raises(CheckpointError, match=r"--tokenizer_cache_dir: .*cannot be written"):
         Sd(tokenizer_cache_dir=str(tmp_path / "file")).tokenize(["a cat"])
 
 
