@@ -78,7 +78,7 @@ def test_both_kinds_of_mask_may_share_a_batch(train, pictures, tmp_path):
     def losses(name, photo_keys, veil_keys):
         subsets = [subset(pictures.photos, **photo_keys), subset(pictures.veils, **veil_keys)]
         config = write_toml(tmp_path / f"{name}.toml", *subsets, subset(pictures.regularisation), batch_size=6)
-        return np.array(train(config, *STILL, name=name).losses)
+        return np.array(train(config, *STILL, "--max_train_steps", 1, name=name).losses)
 
     files, alpha = {"conditioning_data_dir": pictures.photo_masks}, {"alpha_mask": True}
     none, only_files, only_alpha, both = (
@@ -93,7 +93,7 @@ def test_both_kinds_of_mask_may_share_a_batch(train, pictures, tmp_path):
 def test_the_examples_configs_train(name, train, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = ROOT / "examples" / "masked_lora" / f"dataset_{name}.toml"
-    run = train(config, "--masked_loss", "--max_train_steps", 1, "--cache_latents")
+    run = train(config, "--masked_loss", "--max_train_steps", 1)
     assert 0 < run.losses[0] < 1
 
 
