@@ -89,6 +89,7 @@ def train(run: Run) -> bool:
     if run.sampler is not None and run.sampler.is_due_at_start():
         sample(run, epoch=0, step=0)
     run.trainee.train()
+    run.history.begin()
     with (
         interrupts.deferred() as stop,
         progress(label="steps", total=run.max_train_steps, unit="step") as bar,

@@ -67,8 +67,9 @@ class LossReader:
     def push(self, measured: StepLosses) -> Iterator[LossRecord]:
         """Send a step's numbers on their way; return the records that have arrived."""
         losses = torch.cat([loss.detach().float() for loss in measured.losses])
-        counts = torch.tensor([float(len(measured.names)), float(measured.is_stop_wanted)])
-        total = torch.cat([losses.sum()[None], counts.to(losses.device, non_blocking=True)])
+        # made on the device: a copy from ordinary host memory may wait for it
+        counts = [losses.new_full((), number) for number in (len(measured.names), measured.is_stop_wanted)]
+        total = torch.stack([losses.sum(), *counts])
         extras = [value.detach().float().reshape(1).to(losses.device) for value in measured.extras.values()]
         values = torch.cat([losses, self._reduce(total) if self._reduce else total, *extras])
         arrived = None
@@ -122,7 +123,7 @@ class LossHistory:
 
     window: int  # optimizer steps in an epoch
     records: list[LossRecord] = field(default_factory=list)
-    started_s: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=time.monotonic)  # as time.monotonic tells it
     _recent: deque[float] = field(default_factory=deque)
     _sum: float = 0.0
 
@@ -133,6 +134,10 @@ class LossHistory:
         self._sum += record.loss
         if len(self._recent) > self.window:
             self._sum -= self._recent.popleft()
+
+    def begin(self) -> None:
+        """Count the time from now on."""
+        self.started_s = time.monotonic()
 
     @property
     def seconds(self) -> float:

@@ -83,3 +83,10 @@ def test_the_average_is_taken_over_the_last_epochs_window() -> None:
         history.add(LossRecord(step, 1, loss, {}, {}, is_stop_wanted=False))
     assert history.average == 1.5
     assert history.epoch_average(1) == 4.0
+
+
+def test_the_time_counts_from_the_first_step_not_from_the_previews_before_it() -> None:
+    history = LossHistory(window=2)
+    history.started_s -= 100
+    history.begin()
+    assert history.seconds < 100
