@@ -130,14 +130,10 @@ class NetworkTrainee:
 def check(options: NetworkOptions) -> ModuleType:
     """Return the network module; to be called before any model is loaded.
 
-    Raises: OptionError for a module that cannot be loaded, contradicting options or files that are not there.
+    Raises: OptionError for a module that cannot be loaded, arguments that it refuses or files that are not there.
     """
     if not options.network_module:
         raise OptionError("--network_module is missing. For a LoRA: --network_module networks.lora")
-    if options.network_train_unet_only and options.network_train_text_encoder_only:
-        raise OptionError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train.")
-    if options.dim_from_weights and not options.network_weights:
-        raise OptionError("--dim_from_weights takes ranks from a file: add --network_weights FILE.")
     given = [("--network_weights", options.network_weights)] if options.network_weights else []
     given += [("--base_weights", file) for file in options.base_weights or ()]
     for option, file in given:
