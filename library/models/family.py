@@ -84,7 +84,7 @@ class ModelFamily(Protocol):
         """Return what `predict` takes as text; differentiable in the text encoders."""
 
     def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return VAE samples (B, C, h, w), not yet scaled, of images (B, 3, H, W); noise decides the draw."""
+        """Return VAE samples (B, C, h, w), not yet scaled, of images (B, 3, H, W), float32; noise decides the draw."""
 
     def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: Any, batch: Batch) -> Tensor:
         """Return the denoiser's output (B, C, h, w)."""

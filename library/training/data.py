@@ -75,9 +75,7 @@ def encoder(family: ModelFamily, parts: Parts) -> Callable[[Tensor, Sequence[int
         space = family.latent_space
         size = (space.channels, images.shape[2] // space.reduction, images.shape[3] // space.reduction)
         noise = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        vae_dtype = next(parts.vae.parameters()).dtype
-        with torch.no_grad():
-            return family.encode_images(parts, images.to(vae_dtype), noise.to(images.device, vae_dtype))
+        return family.encode_images(parts, images, noise)
 
     return encode
 
@@ -108,14 +106,13 @@ def cache(
 
 def latents_of(family: ModelFamily, parts: Parts, batch_size: int) -> Callable[[Tensor | None, Tensor | None], Tensor]:
     """Return what gives a batch's latents, float32: the cached ones, or the VAE's, batch_size images at a time."""
-    vae_dtype = next(parts.vae.parameters()).dtype
 
     def get(images: Tensor | None, cached: Tensor | None) -> Tensor:
         if cached is not None:
             return cached.float()
         assert images is not None
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            chunks = [family.encode_images(parts, chunk.to(vae_dtype)) for chunk in images.split(batch_size)]
+            chunks = [family.encode_images(parts, chunk) for chunk in images.split(batch_size)]
         return torch.cat(chunks).float()
 
     return get

@@ -61,8 +61,8 @@ class Step(nn.Module):
         compared = self.objective.compare(output, noised)  # prediction, target, weight
         with torch.autocast(latents.device.type, enabled=False):
             loss = losses.elementwise(
-                compared.prediction.float(),
-                compared.target.float(),
+                compared.prediction,
+                compared.target,
                 self.element_loss.loss_type,
                 self.objective.huber_c(self.element_loss, noised),
             )  # (B, C, h, w)
