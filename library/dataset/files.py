@@ -18,6 +18,7 @@ from PIL import Image, features
 from library.dataset.geometry import Size
 from library.errors import DataError
 from library.progress import progress
+from library.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -161,10 +162,9 @@ def save_info(folder: Path, headers: Mapping[Path, Header], captions: Mapping[Pa
         values = asdict(header)
         values["resolution"] = values.pop("size")
         content[str(path)] = {"caption": captions.get(path, ""), **values, "fingerprint": fingerprint(path)}
-    temporary = folder / f"{INFO_FILE}.{os.getpid()}"
     try:
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(folder / INFO_FILE)
+        with whole_file(folder / INFO_FILE) as partial:
+            partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
         log.warning("--cache_info: %s cannot be written (%s)", folder / INFO_FILE, error.strerror or error)
 
