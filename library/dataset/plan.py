@@ -60,11 +60,6 @@ class RunPlan:
     num_processes: int = 1
 
     @cached_property
-    def draws_per_epoch(self) -> int:
-        """Images in an epoch, repeats counted, over all processes."""
-        return sum(bucket.num_draws for bucket in self.buckets)
-
-    @cached_property
     def batches_per_epoch(self) -> int:
         """Batches of this process in an epoch; the same number for every process."""
         return -(-sum(bucket.num_batches for bucket in self.buckets) // self.num_processes)

@@ -123,7 +123,6 @@ def test_the_first_batch_of_a_step_belongs_to_it_and_the_one_before_does_not(pla
 
 
 def test_numbers_of_a_plan_worked_out_by_hand():
-    assert PLAN.draws_per_epoch == 14
     assert PLAN.batches_per_epoch == 7
     assert replace(PLAN, gradient_accumulation_steps=3).steps_per_epoch == 3
     assert replace(PLAN, num_processes=2).batches_per_epoch == 4
