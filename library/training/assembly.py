@@ -69,7 +69,7 @@ def load(setting: Setting) -> tuple[Parts, LatentStore | None]:
     if options.caching.cache_latents:
         identity = family.vae_identity(checkpoint, options.model.vae)
         store = training_data.cache(setting.checked.data, options.caching, family, parts, identity, setting.accelerator)
-        if not options.model.lowram:  # there, models are loaded once and stay
+        if not options.model.lowram:
             parts.vae.to("cpu")
     for module in (parts.denoiser, *parts.text_encoders):
         module.to(device)
