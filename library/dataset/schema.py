@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import OptionError, did_you_mean
+from library.options.toml import BACKSLASHES, has_control_character
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 MISSING_MASK_RULES = ("error", "train_all", "skip")
@@ -37,6 +38,8 @@ def _separator(value: Any) -> str:
 def _path(value: Any) -> Path | None:
     if not isinstance(value, (str, Path)):
         raise ValueError("a folder name as a string")
+    if has_control_character(str(value)):
+        raise ValueError(f"a folder name without special characters ({BACKSLASHES.rstrip('.')})")
     return Path(value) if str(value) else None
 
 

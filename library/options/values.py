@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.errors import OptionError, did_you_mean
+from library.options.toml import BACKSLASHES, has_control_character
 
 TRUE_OR_FALSE = {"true": True, "false": False, "1": True, "0": False}
 TYPE_NAMES = {bool: "flag", int: "whole number", float: "number", str: "text"}
@@ -104,6 +105,8 @@ def check(declared: Declared, value: Any, where: str) -> None:
             listed = ", ".join(str(choice) for choice in declared.choices)
             near = did_you_mean(str(item), [str(choice) for choice in declared.choices])
             raise OptionError(f"{where} must be one of {listed}; got {item}.{near}")
+        if declared.is_path and has_control_character(str(item)):
+            raise OptionError(f"{where} has a special character in it: {item!r}. {BACKSLASHES}")
         if isinstance(item, int | float) and not isinstance(item, bool):
             refusal = declared.bounds.refusal(item)
             if refusal:

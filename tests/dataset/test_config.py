@@ -199,6 +199,11 @@ def test_masks_of_every_kind_may_stand_beside_regularisation_images(read):
         ("general = 1", r"general must be a table, got 1"),
         (one_subset("num_repeats = 0"), r"datasets\[0\] has no subset with num_repeats of 1 or more"),
         ("datasets = [", r"dataset\.toml: is not valid TOML"),
+        (r"""image_dir = "C:\users\me" """, r"Between double quotes \\ begins a special character"),
+        (
+            one_subset(r"""conditioning_data_dir = "C:\train\new" """),
+            r"without special characters .*got 'C:\\train\\new'",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_used_says_where_and_why(read, text, message):

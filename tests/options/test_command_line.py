@@ -156,6 +156,11 @@ def test_a_wrong_argument_is_one_line_that_names_it(argument: str, message: str)
         ('loss_type = "l3"', "train.toml: loss_type must be one of l1, l2, huber, smooth_l1; got l3."),
         ("network_dim = 0", "train.toml: network_dim must be at least 1, got 0."),
         ("seed = = 3", "train.toml: is not valid TOML"),
+        (r'vae = "C:\models\vae"', r"Between double quotes \ begins a special character: write paths with /"),
+        (
+            r'vae = "C:\new\table"',
+            r"train.toml: vae has a special character in it: 'C:\new\table'. Between double quotes",
+        ),
     ],
 )
 def test_a_wrong_line_of_a_config_file_is_one_line_that_names_file_and_key(config, line: str, message: str):
