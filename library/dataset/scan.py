@@ -169,6 +169,9 @@ def _masks(
             lacking.append(image)
     for mask, used in pairs.doubled.items():
         findings.problems.append(Problem("warning", mask, f"{mask}: not used, {used.name} comes first."))
+    if folder is not None and folder.resolve() == subset.image_dir.resolve():
+        message = f"conditioning_data_dir: {folder} is the folder of the images: each is used as its own mask."
+        findings.problems.append(Problem("warning", folder, message))
     if folder is not None and folder not in findings.absent_folders:
         findings.problems += _missing_masks(lacking, folder, subset, pairs.surplus)
     return masks

@@ -487,3 +487,11 @@ def test_reading_a_dataset_imports_no_torch():
     )
     root = str(Path(__file__).parents[2])
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": root}).returncode == 0
+
+
+def test_images_that_are_their_own_masks_are_a_warning(images):
+    save(images / "a.png")
+    found = scan_of(with_class(images, conditioning_data_dir=images / ".." / "images"))
+    assert found.samples[0].mask.kind == "file"
+    (message,) = messages(found, "warning")
+    assert "is the folder of the images: each is used as its own mask" in message
