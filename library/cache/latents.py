@@ -197,7 +197,7 @@ def write(path: Path, cached: CachedLatents, fingerprint: Fingerprint) -> None:
     except OSError as error:
         raise DataError(
             f"{path}: the cache entry cannot be written ({error.strerror or error}). "
-            "Name a folder for the cache with --cache_dir."
+            "Make room there, or name another folder for the cache with --cache_dir."
         ) from error
 
 

@@ -134,8 +134,9 @@ def _update(
     _encode(stale, flips, settings, encode, lambda key, cached, made_of: latents.write(places[key], cached, made_of))
     counts = Counter(verdict.state for verdict in verdicts.values())
     log.info(
-        "latents: %d entries up to date, %d got a new mask, %d encoded",
+        "latents: %d entries %s, %d masks changed, %d encoded",
         counts[State.FRESH],
+        "taken unchecked" if settings.skip_check else "up to date",
         counts[State.MASK_STALE],
         len(verdicts) - counts[State.FRESH] - counts[State.MASK_STALE],
     )

@@ -95,7 +95,7 @@ def test_a_second_start_encodes_nothing(pictures, encoder, caplog):
     second = latents_of(build_store(samples, settings_of(), encoder), 3)
     assert encoder.taken() == 0
     assert torch.equal(first, second)
-    assert caplog.messages == ["latents: 3 entries up to date, 0 got a new mask, 0 encoded"]
+    assert caplog.messages == ["latents: 3 entries up to date, 0 masks changed, 0 encoded"]
 
 
 def test_a_mask_switch_encodes_nothing(pictures, masks, encoder, caplog):
@@ -110,7 +110,7 @@ def test_a_mask_switch_encodes_nothing(pictures, masks, encoder, caplog):
     for kind in ("alpha", "file", "none", "file", "alpha", "none"):
         samples = by_kind[kind]
         store = build_store(samples, settings_of(), encoder)
-        assert caplog.messages[-1] == "latents: 0 entries up to date, 3 got a new mask, 0 encoded"
+        assert caplog.messages[-1] == "latents: 0 entries up to date, 3 masks changed, 0 encoded"
         assert torch.equal(latents_of(store, 3), first)
         for index, sample in enumerate(samples):
             mask, weights = store.get(index, flip=False)[1], read_mask_weights(sample)
@@ -127,7 +127,7 @@ def test_an_edited_mask_renews_only_that_mask(pictures, masks, encoder, caplog):
     caplog.set_level(logging.INFO)
     store = build_store(samples, settings_of(), encoder)
     assert encoder.taken() == 0
-    assert caplog.messages == ["latents: 2 entries up to date, 1 got a new mask, 0 encoded"]
+    assert caplog.messages == ["latents: 2 entries up to date, 1 masks changed, 0 encoded"]
     assert (to_array(store.get(1, flip=False)[1]) == read_mask_weights(samples[1])).all()
 
 
@@ -271,7 +271,8 @@ def test_several_processes_share_the_work(pictures, encoder):
     assert len(entries_of(pictures[0].parent)) == 3
 
 
-def test_an_unchecked_cache_is_not_opened(pictures, encoder):
+def test_an_unchecked_cache_is_not_opened(pictures, encoder, caplog):
+    caplog.set_level(logging.INFO)
     samples = [sample_of(picture) for picture in pictures]
     build_store(samples, settings_of(), encoder)
     encoder.taken()
@@ -279,6 +280,7 @@ def test_an_unchecked_cache_is_not_opened(pictures, encoder):
     (pictures[1].parent / entries_of(pictures[1].parent)[1]).unlink()
     build_store(samples, settings_of(skip_check=True), encoder)
     assert encoder.taken() == 1, "only the entry that is not there"
+    assert caplog.messages[-1] == "latents: 2 entries taken unchecked, 0 masks changed, 1 encoded"
 
 
 def test_an_unchecked_cache_without_the_wanted_mask_is_refused_when_it_is_read(pictures, encoder):
