@@ -58,13 +58,13 @@ def venv_program(venv: Path, system: str) -> Path:
     return venv / "Scripts" / "python.exe" if system == "Windows" else venv / "bin" / "python"
 
 
-def fingerprint(requirements: bytes, torch_build: str | None) -> str:
+def fingerprint(requirements: bytes, torch_index: str | None) -> str:
     """Return what the stamp in .venv holds after an installation of these requirements; another text: install again."""
-    return f"{hashlib.sha256(requirements.replace(CRLF, LF)).hexdigest()} torch {torch_build or 'default'}\n"
+    return f"{hashlib.sha256(requirements.replace(CRLF, LF)).hexdigest()} torch {torch_index or 'default'}\n"
 
 
 def needs_installation(stamp: Path, wanted: str, *, torch_chosen: bool) -> bool:
-    """Return whether requirements.txt must be installed; a call without --torch keeps the build that is there."""
+    """Return whether requirements.txt must be installed; a call without --torch-index keeps the build that is there."""
     if not stamp.is_file():
         return True
     installed = stamp.read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def run(command: list[str], failure: str) -> None:
         raise StepError(failure, code if code > 0 else 128 - code)
 
 
-def prepare_environment(torch_build: str | None) -> Path:
+def prepare_environment(torch_index: str | None) -> Path:
     """Return the Python of .venv, with requirements.txt installed; makes and installs only what is missing."""
     python = venv_program(VENV, platform.system())
     if not python.exists():
@@ -92,15 +92,15 @@ def prepare_environment(torch_build: str | None) -> Path:
             shutil.rmtree(VENV, ignore_errors=True)  # without pip it is of no use, and would pass for a whole one
             raise
     requirements = ROOT / "requirements.txt"
-    wanted = fingerprint(requirements.read_bytes(), torch_build)
-    if not needs_installation(STAMP, wanted, torch_chosen=torch_build is not None):
+    wanted = fingerprint(requirements.read_bytes(), torch_index)
+    if not needs_installation(STAMP, wanted, torch_chosen=torch_index is not None):
         say("requirements.txt is installed in .venv already: nothing to install.")
         return python
     say("Installing requirements.txt into .venv: 1.5 GB or more, a few silent minutes ...")
     start = time.monotonic()
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(requirements)]
-    if torch_build is not None:
-        command += ["--extra-index-url", f"https://download.pytorch.org/whl/{torch_build}"]
+    if torch_index is not None:
+        command += ["--extra-index-url", torch_index]
     run(command, INSTALL_HELP)
     STAMP.write_text(wanted, encoding="utf-8")
     say(f"Installed in {time.monotonic() - start:.0f} s.")
@@ -211,9 +211,9 @@ def read_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
     )
     parser.add_argument("what", nargs="?", choices=("demo", "test"), default="demo", help="default: demo")
     parser.add_argument(
-        "--torch",
-        metavar="BUILD",
-        help="install this build of PyTorch, such as cpu (smallest) or cu130, in place of the system's default",
+        "--torch-index",
+        metavar="ADDRESS",
+        help="index of the PyTorch build to install in place of the system's default, as its site shows it",
     )
     known, rest = parser.parse_known_args(arguments)
     if rest and known.what != "test":
@@ -228,7 +228,7 @@ def main(arguments: list[str]) -> int:
         return 1
     asked, rest = read_arguments(arguments)
     try:
-        python = prepare_environment(asked.torch)
+        python = prepare_environment(asked.torch_index)
         if asked.what == "test":
             run([str(python), "-m", "pytest", *rest], "Some tests failed; see above.")
         else:

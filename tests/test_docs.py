@@ -18,7 +18,7 @@ from library.options.reference import GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TOOL_FLAGS = {"torch", "json", "masks", "contact_sheet", "help"}  # of quickstart.py and tools/check_dataset.py
+TOOL_FLAGS = {"torch-index", "json", "masks", "contact_sheet", "help"}  # of quickstart.py and tools/check_dataset.py
 FOREIGN_FLAGS = {"extra-index-url", "num_cpu_threads_per_process"}  # of pip and accelerate
 PLACEHOLDERS = {"name"}
 PROMPT_FLAGS = {"w", "h", "d", "s", "l", "n", "ss"}  # in prompt files
