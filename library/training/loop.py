@@ -83,17 +83,28 @@ def train(run: Run) -> bool:
 
     Raises: LossError when a loss is not finite; nothing is saved after it.
     """
-    losses: list[Tensor] = []
-    names: list[str] = []
-    place = None
     if run.sampler is not None and run.sampler.is_due_at_start():
         sample(run, epoch=0, step=0)
     run.trainee.train()
     run.history.begin()
-    with (
-        interrupts.deferred() as stop,
-        progress(label="steps", total=run.max_train_steps, unit="step") as bar,
-    ):
+    with interrupts.deferred() as stop:
+        last = train_steps(run, stop)
+        report(run, run.reader.drain())
+        is_complete = not run.is_stop_wanted or last.step == run.max_train_steps
+        with evaluating(run):
+            if is_complete:
+                run.saver.save_final(run.max_train_steps, run.num_epochs)
+            else:
+                run.saver.save_interrupted(last.step, last.epoch)
+    return is_complete
+
+
+def train_steps(run: Run, stop: interrupts.StopRequest) -> Place:
+    """Train until max_train_steps, or the step after a request to stop; return the place of the last batch."""
+    losses: list[Tensor] = []
+    names: list[str] = []
+    place = None
+    with progress(label="steps", total=run.max_train_steps, unit="step") as bar:
         for place, batch in zip(places(run.plan, run.max_train_steps), run.batches, strict=False):
             losses.append(backward(run, batch, place))
             names.extend(batch.names)
@@ -110,15 +121,8 @@ def train(run: Run) -> bool:
             if run.is_stop_wanted:  # read with the losses, so that all processes stop after the same step
                 break
             after_step(run, place)
-    report(run, run.reader.drain())
     assert place is not None, "a run has at least one step"
-    is_complete = not run.is_stop_wanted or place.step == run.max_train_steps
-    with evaluating(run):
-        if is_complete:
-            run.saver.save_final(run.max_train_steps, run.num_epochs)
-        else:
-            run.saver.save_interrupted(place.step, place.epoch)
-    return is_complete
+    return place
 
 
 def backward(run: Run, batch: Batch, place: Place) -> Tensor:

@@ -23,6 +23,8 @@ from end_to_end.training_runs import (
 )
 from safetensors.torch import save_file
 
+from networks.network import LoraNetwork
+
 TIMEOUT_S = 240  # for a process of its own on a busy machine; a free one takes about 10 s
 
 
@@ -86,6 +88,18 @@ def test_ctrl_c_saves_whole_files_and_leaves_no_other(family: Family, config, tm
     assert metadata_of(last)["ss_steps"] == str(int(last.stem.removeprefix("lora-step")))
     for name in names:
         assert all(tensor.isfinite().all() for tensor in tensors_of(tmp_path / "out" / name).values())
+
+
+def test_ctrl_c_while_the_result_is_written_loses_nothing(family: Family, config, tmp_path, monkeypatch):
+    save_weights = LoraNetwork.save_weights
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        save_weights(*arguments)
+
+    monkeypatch.setattr(LoraNetwork, "save_weights", interrupted)
+    assert family.run(*arguments(family, tmp_path, config)) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora.safetensors"]
 
 
 def wait_for(file: Path, process: subprocess.Popen) -> None:
