@@ -167,15 +167,20 @@ def in_bucket(image: Decoded, transform: Transform, path: Path) -> Pixels:
     return geometry.apply(transform, image.rgb)
 
 
-def mask_in_bucket(image: Decoded, source: MaskSource, transform: Transform) -> Sums | None:
+def mask_in_bucket(image: Decoded | None, source: MaskSource, transform: Transform) -> Sums | None:
     """Return the shrunk mask (h, w) of an image, cut as transform cuts the image; None: it weighs 1 everywhere.
+
+    Args:
+        image: decoded with its alpha channel where that is the mask, else not looked at.
+        source: of the mask.
+        transform: of the image.
 
     Raises: DataError if the mask file cannot be read.
     """
     if source.kind == "file":
         assert source.path is not None
         return shrink(geometry.apply(transform, read_mask(source.path)))
-    if source.kind == "alpha" and image.alpha is not None:
+    if source.kind == "alpha" and image is not None and image.alpha is not None:
         return shrink(geometry.apply(transform, image.alpha))
     return None
 
@@ -190,12 +195,8 @@ def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:
 
     Raises: DataError.
     """
-    if sample.mask.kind == "file":
-        assert sample.mask.path is not None
-        return to_array(shrink(geometry.apply(sample.transform, read_mask(sample.mask.path))))
-    if sample.mask.kind == "none":
-        return None
-    sums = mask_in_bucket(read_image(sample.path, want_alpha=True), sample.mask, sample.transform)
+    image = read_image(sample.path, want_alpha=True) if sample.mask.kind == "alpha" else None
+    sums = mask_in_bucket(image, sample.mask, sample.transform)
     return None if sums is None else to_array(sums)
 
 

@@ -190,7 +190,7 @@ def _mask(image: images.Decoded | None, source: MaskSource, transform: Transform
         assert source.path is not None
         data, stamp = latents.read_stamped(source.path)
         return shrink(geometry.apply(transform, images.decode_mask(data, source.path))), stamp
-    return (None if image is None else images.mask_in_bucket(image, source, transform)), None
+    return images.mask_in_bucket(image, source, transform), None
 
 
 def _encode(

@@ -32,7 +32,6 @@ class Sample:
     orientation: int  # EXIF, 1 to 8
     transform: Transform  # into the bucket, cut in the middle
     mask: MaskSource
-    is_validation: bool = False
 
 
 @dataclass(frozen=True)
