@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from io import FileIO
@@ -34,6 +34,8 @@ ABANDONED_S = 3600.0
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
+
+Tensors = dict[str, dict[str, Any]]  # a header's entries: dtype, shape, data_offsets
 
 
 @dataclass(frozen=True)
@@ -216,18 +218,26 @@ def read(path: Path, *, flip: bool, mask_kind: MaskKind) -> tuple[Tensor, Sums |
 
     Raises: DataError if the file is missing or damaged, or was made without the kind of mask that is wanted.
     """
+    with _opened(path) as (file, tensors, metadata, start):
+        name = "latents_flipped" if flip else "latents"
+        if name not in tensors:
+            raise DamagedEntryError(f"it holds no {name}")
+        latents = _read_latents(file, start, tensors[name])
+        return latents, _read_mask(file, start, tensors, metadata, mask_kind)
+
+
+def read_mask(path: Path, mask_kind: MaskKind) -> Sums | None:
+    """Return an entry's mask as `read` does, without reading its latents. Raises: DataError."""
+    with _opened(path) as (file, tensors, metadata, start):
+        return _read_mask(file, start, tensors, metadata, mask_kind)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[FileIO, Tensors, dict[str, str], int]]:
+    """Yield the entry's file and what its header says. Raises: DataError for whatever goes wrong meanwhile."""
     try:
         with path.open("rb", buffering=0) as file:
-            tensors, metadata, start = _parse_header(file)
-            name = "latents_flipped" if flip else "latents"
-            if name not in tensors:
-                raise DamagedEntryError(f"it holds no {name}")
-            latents = _read_latents(file, start, tensors[name])
-            if mask_kind == "none":
-                return latents, None
-            if metadata["mask_kind"] != mask_kind:
-                raise DamagedEntryError(f"its mask is from '{metadata['mask_kind']}', wanted is '{mask_kind}'")
-            return latents, _read_mask(file, start, tensors["mask"]) if "mask" in tensors else None
+            yield (file, *_parse_header(file))
     except (DamagedEntryError, OSError) as error:
         raise DataError(
             f"{path}: the cache entry cannot be used ({error}). Start again without --skip_cache_check."
@@ -245,9 +255,6 @@ def read_latents(path: Path) -> CachedLatents:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the format's name of a latents' dtype: F32, F16 or BF16."""
     return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-Tensors = dict[str, dict[str, Any]]  # the header's entries: dtype, shape, data_offsets
 
 
 def _parse_header(file: FileIO) -> tuple[Tensors, dict[str, str], int]:
@@ -303,6 +310,15 @@ def _read_latents(file: FileIO, start: int, entry: dict[str, Any]) -> Tensor:
     return torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def _read_mask(file: FileIO, start: int, entry: dict[str, Any]) -> Sums:
+def _read_mask(
+    file: FileIO, start: int, tensors: Tensors, metadata: Mapping[str, str], mask_kind: MaskKind
+) -> Sums | None:
+    if mask_kind == "none":
+        return None
+    if metadata["mask_kind"] != mask_kind:
+        raise DamagedEntryError(f"its mask is from '{metadata['mask_kind']}', wanted is '{mask_kind}'")
+    if "mask" not in tensors:
+        return None
+    entry = tensors["mask"]
     data = _read_bytes(file, start, entry)
     return np.frombuffer(data, dtype="<u2").reshape(entry["shape"])

@@ -55,7 +55,10 @@ class LatentStore:
 
     def mean_mask_weight(self) -> float | None:
         """Return the mean weight of the samples that have a mask; None if none has one. Raises: DataError."""
-        places = {id(stored.place): index for index, stored in enumerate(self._stored) if stored.mask_kind != "none"}
-        masks = [self.get(index, flip=False)[1] for index in places.values()]  # samples that share an entry: once
+        masked = {id(stored.place): stored for stored in self._stored if stored.mask_kind != "none"}  # each entry once
+        masks = [
+            entries.read_mask(stored.place, stored.mask_kind) if isinstance(stored.place, Path) else stored.place.mask
+            for stored in masked.values()
+        ]
         means = [mask.mean(dtype=np.float64) / FULL for mask in masks if mask is not None]
         return float(np.mean(means)) if means else None

@@ -157,7 +157,7 @@ def _restamp(place: Path, key: Key, verdict: Verdict) -> None:
     """Note the files' new times, so that their contents need not be compared at the next start."""
     assert verdict.fingerprint is not None
     cached = latents.read_latents(place)
-    _, mask = latents.read(place, flip=False, mask_kind=key[2].kind)
+    mask = latents.read_mask(place, key[2].kind)
     with contextlib.suppress(DataError):  # a folder that cannot be written is compared again at each start
         latents.write(place, replace(cached, mask=mask), verdict.fingerprint)
 

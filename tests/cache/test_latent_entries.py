@@ -10,7 +10,17 @@ import torch
 from safetensors import safe_open
 
 from library.cache import latents as entries
-from library.cache.latents import CachedLatents, Fingerprint, State, Wanted, entry_path, judge, read, read_latents
+from library.cache.latents import (
+    CachedLatents,
+    Fingerprint,
+    State,
+    Wanted,
+    entry_path,
+    judge,
+    read,
+    read_latents,
+    read_mask,
+)
 from library.errors import DataError
 from library.masks import MaskSource
 
@@ -70,6 +80,7 @@ def test_what_is_written_is_read(tmp_path, image, dtype):
     write(tmp_path / "e.safetensors", wanted_of(image, image, dtype=dtype), cached)
     latents, mask = read(tmp_path / "e.safetensors", flip=False, mask_kind="file")
     mirrored, _ = read(tmp_path / "e.safetensors", flip=True, mask_kind="file")
+    assert np.array_equal(read_mask(tmp_path / "e.safetensors", "file"), mask)
     assert latents.dtype == dtype
     assert torch.equal(latents, cached.latents)
     assert torch.equal(mirrored, cached.flipped)
