@@ -98,7 +98,7 @@ def fingerprint(file: TensorSource) -> str:
         shape = source.shapes[stored]
         if layout.is_attention_weight(library_name):
             shape = shape[:2]  # 1x1 convolution or linear layer: the same numbers
-        step = max(1, shape[0] // SAMPLED_ROWS)
+        step = -(-shape[0] // SAMPLED_ROWS)
         rows = [source.rows(stored, row, row + 1) for row in range(0, shape[0], step)]
         sample = torch.cat([row.reshape(-1) for row in rows])
         digest.update(f"{library_name} {list(shape)} {sample.dtype}\n".encode())
