@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import OptionError
+from library.options.toml import read_toml
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,7 +62,7 @@ class Trackers:
             return
         settings: dict[str, Any] = {}
         if options.log_tracker_config:
-            settings = _read_toml(Path(options.log_tracker_config))
+            settings = read_toml(Path(options.log_tracker_config))
         elif options.wandb_run_name:
             settings = {"wandb": {"name": options.wandb_run_name}}
         if options.wandb_api_key and "wandb" in self.names:
@@ -100,9 +101,3 @@ class Trackers:
                     pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"sample_{index}": pixels}, step=step, **layout)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    from library.options.toml import read_toml
-
-    return read_toml(path)
