@@ -20,6 +20,7 @@ from library.training.loop import Run
 from library.training.metrics import LossHistory, LossReader
 from library.training.painting import Drawing
 from library.training.precision import Precision
+from library.training.prompts import SamplePrompt
 from library.training.sampling import Sampler
 from library.training.saving import Saver, save_dtype
 from library.training.step import Step
@@ -41,6 +42,7 @@ class Checked:
     precision: Precision
     tracker_names: tuple[str, ...]
     data: Data
+    prompts: tuple[SamplePrompt, ...]  # of the previews; none where none are wanted
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,13 @@ def make_sampler(setting: Setting, parts: Parts, trained: trainee.NetworkTrainee
     """Return what draws previews, None where none are wanted."""
     options, formats = setting.options, setting.checked.precision
     return Sampler.from_options(
+        setting.checked.prompts,
         options.sampling,
         options.saving,
         setting.family,
         parts,
         setting.accelerator.device,
-        setting.accelerator.process_index,
-        setting.accelerator.num_processes,
+        (setting.accelerator.process_index, setting.accelerator.num_processes),
         Drawing(
             autocast_dtype=None if formats.mixed == "no" else formats.frozen,
             prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",

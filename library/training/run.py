@@ -78,7 +78,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
     network_module = trainee.check(options.network)
     optimizers.check(options.optimizer)
     schedules.check(options.schedule)
-    sampling.check(options.sampling)
+    prompts = tuple(sampling.check(options.sampling))
     saving.check_output(options.saving)
     formats = Precision.of(
         options.training.mixed_precision,
@@ -90,7 +90,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
     data = training_data.read(options, family.bucket_step_multiple)
     # over one weight: finds what only the optimizer's and the schedule's own code can tell
     schedules.rehearse(options.schedule, optimizers.rehearse(options.optimizer))
-    return Checked(network_module, formats, tracker_names, data)
+    return Checked(network_module, formats, tracker_names, data, prompts)
 
 
 def make_accelerator(options: Options, checked: Checked) -> Accelerator:

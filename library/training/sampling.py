@@ -90,28 +90,27 @@ class Sampler:
     @classmethod
     def from_options(
         cls,
+        prompts: Sequence[SamplePrompt],
         options: SamplingOptions,
         saving: SavingOptions,
         family: ModelFamily,
         parts: Parts,
         device: torch.device,
-        process_index: int = 0,
-        num_processes: int = 1,
+        share: tuple[int, int] = (0, 1),
         drawing: Drawing | None = None,
     ) -> Sampler | None:
-        """Return the sampler that the options ask for, None if they ask for no previews.
+        """Return the sampler that the options ask for, None if there is nothing to draw.
 
         Args:
-            options: when, what and with which sampler.
+            prompts: from `check`.
+            options: when and with which sampler.
             saving: output_dir and output_name.
             family: encodes prompts, predicts, knows its latent space.
             parts: the models as trained, not wrapped by accelerate.
             device: where to draw; models that stand elsewhere are moved there and back.
-            process_index: of this process.
-            num_processes: that share the prompts.
+            share: this process's index and the number of processes.
             drawing: precision, prediction type and the like.
         """
-        prompts = check(options)
         if not prompts:
             return None
         drawing = drawing or Drawing()
@@ -122,7 +121,6 @@ class Sampler:
                         "sampler %s cannot start from pure noise (--zero_terminal_snr); try ddim or euler", name
                     )
         painter = Painter(family, parts, device, drawing)
-        share = (process_index, num_processes)
         return cls(prompts, options, Path(saving.output_dir or "."), saving.output_name, painter, share)
 
     def is_due_at_start(self) -> bool:

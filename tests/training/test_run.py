@@ -166,3 +166,12 @@ def test_a_logging_folder_alone_means_tensorboard(argv, tmp_path) -> None:
     assert folder is not None
     assert folder.parent == tmp_path / "logs"
     assert folder.name.startswith("x-20")
+
+
+def test_the_prompts_are_read_once(argv, tmp_path, caplog) -> None:
+    """Their warnings would be told twice."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --g 3 --w 64 --h 64 --s 1\n", encoding="utf-8")
+    more = ["--sample_prompts", str(prompts), "--sample_every_n_steps", "5"]
+    assert [prompt.prompt for prompt in run.check(options_of(argv, *more), Sd()).prompts] == ["a cat"]
+    assert caplog.text.count("is for other models") == 1

@@ -50,7 +50,7 @@ def sampler_of(
     prompts.write_text(lines, encoding="utf-8")
     sampling = SamplingOptions(sample_prompts=str(prompts), **(options or {"sample_every_n_steps": 10}))
     saving = SavingOptions(output_dir=str(folder / "out"), output_name="lora")
-    sampler = Sampler.from_options(sampling, saving, Sd(), tiny(), CPU, *share)
+    sampler = Sampler.from_options(check(sampling), sampling, saving, Sd(), tiny(), CPU, share)
     assert sampler is not None
     return sampler
 
