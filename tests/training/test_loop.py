@@ -14,7 +14,6 @@ def plan_of(num_images: int, accumulation: int = 1) -> RunPlan:
     return RunPlan((Bucket(0, (64, 64), 1, tuple(range(num_images)), (1,) * num_images),), 0, accumulation)
 
 
-
 def test_an_epoch_of_five_batches_with_accumulation_two_has_three_steps() -> None:
     plan = plan_of(5, accumulation=2)
     assert [place.is_update for place in places(plan, 6)] == [False, True, False, True, True] * 2
