@@ -17,6 +17,7 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.metadata import with_hashes
 from library.whole_file import whole_file
+from networks import merging
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,16 @@ class StoredModule:
     def rank(self) -> int:
         """R."""
         return self.down.shape[0]
+
+    @property
+    def shape_text(self) -> str:
+        """The shapes of the pair, for messages."""
+        return f"{tuple(self.up.shape)} x {tuple(self.down.shape)}"
+
+    def merged(self, weight: Tensor, multiplier: float) -> Tensor:
+        """Return weight + multiplier * alpha / R * up @ down, float32, on the weight's device."""
+        down, up = self.down.to(weight.device), self.up.to(weight.device)
+        return merging.merged(weight, down, up, multiplier * self.alpha / self.rank)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:

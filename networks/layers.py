@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.models.family import LoraTarget
+from networks.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,9 @@ def rank_scales(uniform: Tensor, probability: float) -> Tensor:
     return (uniform > probability) / (1 - probability)
 
 
-def is_skipped(uniform: float, probability: float | None) -> bool:
-    """Return whether the module sits this step out, from one draw in [0, 1)."""
-    return probability is not None and uniform < probability
-
-
-class LoraLayer(nn.Module):
+class LoraLayer(Adapter):
     """A target's output plus up(down(x)) * multiplier * alpha / rank.
 
-    The target's own weights and names stay untouched: while attached, only its `forward` is this layer's.
     Tensors: lora_down.weight (R, in) or (R, in, k, k); lora_up.weight (out, R) or (out, R, 1, 1); alpha ().
     """
 
@@ -64,43 +59,15 @@ class LoraLayer(nn.Module):
             dropout: used in training mode only.
             multiplier: strength of the whole update.
         """
-        super().__init__()
-        self.target = target
+        super().__init__(target, multiplier, dropout.module)
         self.rank = rank
         self.dropout = dropout
-        self.multiplier = multiplier
         self.lora_down, self.lora_up = _low_rank_pair(target.module, rank)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
         self.scale = (alpha or rank) / rank
         self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
         self.register_load_state_dict_post_hook(_refresh_scale)
-        self._base_forward: Any = None  # the target's forward while attached
-        self._outer: Any = None  # what stood in the target's __dict__ before, such as another network's layer
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether the target computes with this layer."""
-        return self._base_forward is not None
-
-    def attach(self) -> None:
-        """Make the target compute with this layer."""
-        assert not self.is_attached, f"{self.target.name} is attached already"
-        module = self.target.module
-        self._outer = module.__dict__.get("forward")
-        self._base_forward = module.forward
-        module.forward = self.forward
-
-    def detach(self) -> None:
-        """Give the target its former forward back."""
-        module = self.target.module
-        assert self.is_attached, f"{self.target.name} is not attached"
-        assert module.__dict__["forward"] == self.forward, f"{self.target.name}: another layer was attached since"
-        if self._outer is None:
-            del module.forward
-        else:
-            module.forward = self._outer
-        self._base_forward = self._outer = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the target's output for x with the update added, in the target's output type.
@@ -108,7 +75,7 @@ class LoraLayer(nn.Module):
         Args:
             x: (B, ..., in) for a Linear, (B, in, H, W) for a Conv2d.
         """
-        if self.multiplier == 0 or (self.training and self._sits_out()):
+        if self.sits_out():
             return self._base_forward(x)
         autocast = _autocast_dtype(x.device.type)
         if autocast is not None and x.dtype == torch.float32:
@@ -116,6 +83,16 @@ class LoraLayer(nn.Module):
         base = self._base_forward(x)
         update = self._update(x if autocast is not None else x.to(self.lora_down.weight.dtype))
         return torch.add(base, update, alpha=self.multiplier * self.scale).to(base.dtype)
+
+    @property
+    def trained_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The weights that learn: both factors."""
+        return tuple(self.parameters())
+
+    def shrink_(self, ratio: Tensor, root: Tensor) -> None:
+        """Multiply the update by ratio (), in place; both factors shrink alike, by its square root."""
+        self.lora_down.weight.mul_(root.to(self.lora_down.weight.dtype))
+        self.lora_up.weight.mul_(root.to(self.lora_up.weight.dtype))
 
     def _update(self, x: Tensor) -> Tensor:
         hidden = self.lora_down(x)
@@ -138,9 +115,9 @@ class LoraLayer(nn.Module):
             return scales.view(batch, self.rank, 1, 1).to(hidden.dtype)
         return scales.view(batch, *(1,) * (hidden.dim() - 2), self.rank).to(hidden.dtype)
 
-    def _sits_out(self) -> bool:
-        # Drawn on the CPU: the answer steers Python, and a draw on the device would have to be waited for.
-        return bool(self.dropout.module) and is_skipped(float(torch.rand(1)), self.dropout.module)
+
+# Makes the layer of a target from: target, rank, alpha, dropout, multiplier.
+LayerMaker = Callable[[LoraTarget, int, "float | None", Dropout, float], LoraLayer]
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from library.errors import CheckpointError, OptionError, did_you_mean
 from library.models.family import LoraTarget
 from networks import files, merging
+from networks.adapter_network import AdapterNetwork
 from networks.files import StoredModule
-from networks.layers import LoraLayer
-from networks.parameter_groups import parameter_groups
+from networks.layers import LayerMaker, LoraLayer
+from networks.parameter_groups import ParameterGroup, parameter_groups
 from networks.settings import Settings
 
-log = logging.getLogger(__name__)
 
-
-class LoraNetwork(nn.Module):
-    """A LoRA layer for every target that the settings give a rank; the base model is not among its modules.
-
-    The methods from `apply_to` on are the face that sd-scripts defined and other tools call.
-    """
+class LoraNetwork(AdapterNetwork):
+    """A LoRA layer for every target that the settings give a rank."""
 
     def __init__(
         self,
@@ -34,6 +25,7 @@ class LoraNetwork(nn.Module):
         settings: Settings,
         multiplier: float = 1.0,
         stored: Mapping[str, StoredModule] | None = None,
+        make_layer: LayerMaker = LoraLayer,
     ) -> None:
         """Make the layers; the model does not compute with them until `attach` or `apply_to`.
 
@@ -42,109 +34,22 @@ class LoraNetwork(nn.Module):
             settings: ranks, alphas, dropout, learning-rate weights.
             multiplier: strength of every layer.
             stored: instead of the settings' ranks and alphas, those of a file; targets it lacks get no layer.
+            make_layer: the kind of layer.
         """
-        super().__init__()
+        sizes = [
+            (target, *(settings.size_of(target) if stored is None else _stored_size(stored.get(target.name))))
+            for target in targets
+        ]
+        super().__init__(
+            (make_layer(target, rank, alpha, settings.dropout, multiplier) for target, rank, alpha in sizes if rank),
+            multiplier,
+        )
         self.settings = settings
-        self.multiplier = multiplier
-        for target in targets:
-            rank, alpha = settings.size_of(target) if stored is None else _stored_size(stored.get(target.name))
-            if rank:
-                self.add_module(target.name, LoraLayer(target, rank, alpha, settings.dropout, multiplier))
-        if not self.layers:
-            raise OptionError("the network has no module to train: every rank or every block weight is 0.")
 
     @property
     def layers(self) -> tuple[LoraLayer, ...]:
         """Every layer, in the order of the file."""
         return tuple(layer for layer in self.children() if isinstance(layer, LoraLayer))
-
-    def attach(self) -> None:
-        """Make the model compute with the layers."""
-        for layer in self.layers:
-            layer.attach()
-
-    def detach(self) -> None:
-        """Give the model its own forward back, bit for bit."""
-        for layer in reversed(self.layers):
-            if layer.is_attached:
-                layer.detach()
-
-    @contextmanager
-    def attached(self) -> Iterator[LoraNetwork]:
-        """Return a context in which the model computes with the layers."""
-        self.attach()
-        try:
-            yield self
-        finally:
-            self.detach()
-
-    def set_multiplier(self, multiplier: float) -> None:
-        """Set the strength of every layer; at 0 the model computes as if there were none."""
-        self.multiplier = multiplier
-        for layer in self.layers:
-            layer.multiplier = multiplier
-
-    def apply_to(self, text_encoder: Any, unet: Any, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
-        """Attach to the models the network was created for, and drop the layers of the part that is not wanted.
-
-        Args:
-            text_encoder: as given at creation; the layers know their modules, so it is not looked at again.
-            unet: likewise.
-            apply_text_encoder: False: no layers on the text encoders, and none in the file.
-            apply_unet: False: none on the U-Net.
-        """
-        wanted = {"text_encoder": apply_text_encoder, "unet": apply_unet}
-        for layer in self.layers:
-            if not wanted[layer.target.group]:
-                delattr(self, layer.target.name)
-        counts = {group: sum(layer.target.group == group for layer in self.layers) for group in wanted}
-        if not any(counts.values()):
-            raise OptionError("the network has no module to train: neither the text encoder nor the U-Net gets any.")
-        log.info("network: %d modules on text encoders, %d on the U-Net", counts["text_encoder"], counts["unet"])
-        self.attach()
-
-    def prepare_optimizer_params_with_multiple_te_lrs(
-        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the optimizer's parameter groups and, as long, their descriptions.
-
-        Weights whose rate is 0 or None are in no group, and stop requiring gradients, so that gradient clipping
-        does not count them.
-
-        Args:
-            text_encoder_lr: one rate, or several of which the first counts; None: default_lr.
-            unet_lr: None: default_lr.
-            default_lr: --learning_rate.
-        """
-        if isinstance(text_encoder_lr, Sequence):
-            text_encoder_lr = text_encoder_lr[0] if text_encoder_lr else None
-        groups = parameter_groups(
-            self.layers,
-            self.settings,
-            default_lr if text_encoder_lr is None else text_encoder_lr,
-            default_lr if unet_lr is None else unet_lr,
-        )
-        for group in groups:
-            for parameter in group.parameters:
-                parameter.requires_grad_(group.is_trained)
-        trained = [group for group in groups if group.is_trained]
-        if not trained:
-            raise OptionError("nothing is trained: every learning rate is 0. Set --learning_rate or --unet_lr.")
-        return [{"params": list(g.parameters), "lr": g.lr} for g in trained], [g.description for g in trained]
-
-    def get_trainable_params(self) -> list[nn.Parameter]:
-        """Return the weights that learn, for gradient clipping."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Return at once: the layers run inside the base model's checkpointed blocks and need no own checkpoints."""
-
-    def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
-        """Return at once: weights require gradients from creation on, except those without a learning rate."""
-
-    def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
-        """Put the layers, dropout included, in training mode."""
-        self.train()
 
     @torch.no_grad()
     def apply_max_norm_regularization(
@@ -152,7 +57,7 @@ class LoraNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Shrink the layers whose update is larger than the limit; return scalars on the weights' device.
 
-        The norm is that of alpha / rank * up @ down; both factors shrink alike.
+        The norm is that of alpha / rank * up @ down.
 
         Args:
             max_norm_value: the largest Frobenius norm allowed.
@@ -166,95 +71,16 @@ class LoraNetwork(nn.Module):
         )
         # Only what is above the limit is touched, and a norm of 0 must not be divided by.
         ratios = (max_norm_value / norms.clamp(min=max_norm_value)).clamp(max=1)
-        for layer, root in zip(layers, ratios.sqrt().unbind(), strict=True):
-            layer.lora_down.weight.mul_(root.to(layer.lora_down.weight.dtype))
-            layer.lora_up.weight.mul_(root.to(layer.lora_up.weight.dtype))
+        for layer, ratio, root in zip(layers, ratios.unbind(), ratios.sqrt().unbind(), strict=True):
+            layer.shrink_(ratio, root)
         limited = norms * ratios
         return (ratios < 1).sum(), limited.mean(), limited.max()
 
-    def save_weights(
-        self, file: str | os.PathLike[str], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
-    ) -> None:
-        """Write the layers to a file, all or nothing.
+    def _parameter_groups(self, text_encoder_lr: float | None, unet_lr: float | None) -> list[ParameterGroup]:
+        return parameter_groups(self.layers, self.settings, text_encoder_lr, unet_lr)
 
-        Args:
-            file: .safetensors; any other suffix gets torch's format, without metadata.
-            dtype: to write in; None: as trained.
-            metadata: for the header, beside the hashes of the tensors.
-        """
-        files.write(file, self.state_dict(), dtype, metadata)
-
-    def load_weights(self, file: str | os.PathLike[str]) -> str:
-        """Read the layers from a file; return a line that says what was read.
-
-        Alphas of the file replace those of the options. Layers that the file lacks stay as they are.
-
-        Raises:
-            CheckpointError: a shape does not fit, or no name does.
-        """
-        tensors = files.read(file)
-        own = self.state_dict()
-        known = {name: files.fitted(tensor, own[name].shape) for name, tensor in tensors.items() if name in own}
-        if not known:
-            example = next(iter(tensors), "nothing")
-            raise CheckpointError(
-                f"{file}: none of its names belongs to this network (it has {example}).{did_you_mean(example, own)}"
-            )
-        for name, tensor in known.items():
-            if tensor is None:
-                raise CheckpointError(
-                    f"{file}: {name} is {tuple(tensors[name].shape)}, this network's is {tuple(own[name].shape)}. "
-                    "Set --network_dim and --network_args as in the file, or use --dim_from_weights."
-                )
-        files.warn_of_names(
-            file, "names that this network does not have, ignored", [name for name in tensors if name not in own]
-        )
-        files.warn_of_names(
-            file, "names missing, these stay as they are", [name for name in own if name not in tensors]
-        )
-        self.load_state_dict({**own, **known})
-        return f"{file}: {len(known)} of {len(own)} tensors loaded"
-
-    @torch.no_grad()
-    def merge_to(
-        self,
-        text_encoder: Any,
-        unet: Any,
-        weights_sd: Mapping[str, Tensor],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        """Add a file's updates, times this network's multiplier, to the base model's weights.
-
-        Args:
-            text_encoder: as given at creation; not looked at again.
-            unet: likewise.
-            weights_sd: the file's tensors.
-            dtype: the sums are rounded to it before they go into the model; None: only to the model's own type.
-            device: to compute on; None: where each weight is.
-        """
-        stored = files.modules_in(weights_sd, "the LoRA to merge")
-        by_name = {layer.target.name: layer.target for layer in self.layers}
-        files.warn_of_names(
-            "the LoRA to merge", "modules that this model does not have, ignored", sorted(stored.keys() - by_name)
-        )
-        for name in stored.keys() & by_name.keys():
-            weight, source = by_name[name].module.weight, stored[name]
-            assert isinstance(weight, Tensor)
-            place = weight.device if device is None else device
-            try:
-                total = merging.merged(
-                    weight.to(place),
-                    source.down.to(place),
-                    source.up.to(place),
-                    self.multiplier * source.alpha / source.rank,
-                )
-            except RuntimeError:
-                raise CheckpointError(
-                    f"{name} in the LoRA to merge is {tuple(source.up.shape)} x {tuple(source.down.shape)}, "
-                    f"the model's weight is {tuple(weight.shape)}. Is it for another model?"
-                ) from None
-            weight.copy_(total if dtype is None else total.to(dtype))
+    def _stored_in(self, tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, StoredModule]:
+        return files.modules_in(tensors, origin)
 
 
 def _stored_size(stored: StoredModule | None) -> tuple[int, float]:

@@ -52,7 +52,7 @@ def parameter_groups(
 
 def _split(layers: Sequence[LoraLayer], name: str, lr: float | None, ratio: float | None) -> list[ParameterGroup]:
     if not ratio:
-        return _non_empty(name, (p for layer in layers for p in layer.parameters()), lr)
+        return _non_empty(name, (p for layer in layers for p in layer.trained_parameters), lr)
     down = (p for layer in layers for p in layer.lora_down.parameters())
     up = (p for layer in layers for p in layer.lora_up.parameters())
     return _non_empty(name, down, lr) + _non_empty(f"{name} plus", up, None if lr is None else lr * ratio)

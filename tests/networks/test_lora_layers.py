@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from networks.layers import Dropout, LoraLayer, is_skipped, rank_scales
+from networks.adapter import is_skipped
+from networks.layers import Dropout, LoraLayer, rank_scales
 
 CASES = [
     "dim4_alpha1.0_mult1",
