@@ -1,4 +1,4 @@
-"""What --network_dim, --network_alpha, --network_dropout and --network_args ask of networks.lora."""
+"""What --network_dim, --network_alpha, --network_dropout and --network_args ask of a LoRA, of any kind."""
 
 from __future__ import annotations
 
@@ -24,6 +24,37 @@ DROPOUT_KEYS = ("dropout", "rank_dropout", "module_dropout")
 LORA_PLUS_KEYS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 BLOCK_KEYS = (*RANK_KEYS[2:], *LR_WEIGHT_KEYS, "block_lr_zero_threshold")  # lists with an entry for each block
 KEYS = (*RANK_KEYS, *LR_WEIGHT_KEYS, "block_lr_zero_threshold", *DROPOUT_KEYS, *LORA_PLUS_KEYS)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The --network_args that a network module takes."""
+
+    module: str  # "networks.lora"
+    keys: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)  # keys of other modules, and why this one has them not
+
+    def given(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that have a value; None counts as absent.
+
+        Raises:
+            OptionError: one that the module does not take.
+        """
+        given = {key: value for key, value in arguments.items() if value is not None}
+        for key in given:
+            if key in self.refused:
+                raise OptionError(
+                    f'--network_args: {self.module} cannot have "{key}": {self.refused[key]} Leave it out.'
+                )
+            if key not in self.keys:
+                raise OptionError(
+                    f'--network_args: {self.module} has no "{key}".{did_you_mean(key, self.keys)} '
+                    f"It knows {', '.join(self.keys)}."
+                )
+        return given
+
+
+LORA = Arguments("networks.lora", KEYS)
 
 
 @dataclass(frozen=True)
@@ -89,6 +120,7 @@ def read(
     neuron_dropout: float | None,
     arguments: Mapping[str, Any],
     layout: BlockLayout | None,
+    known: Arguments = LORA,
 ) -> Settings:
     """Return the settings that the options ask for.
 
@@ -98,21 +130,17 @@ def read(
         neuron_dropout: --network_dropout.
         arguments: --network_args by key; values as strings or already of their type; None counts as absent.
         layout: the model's blocks; None: it has no numbered blocks.
+        known: the arguments that the network module takes.
 
     Raises:
         OptionError: an unknown key, or a value that does not fit.
     """
-    given = {key: value for key, value in arguments.items() if value is not None}
-    for key in given:
-        if key not in KEYS:
-            raise OptionError(
-                f'--network_args: networks.lora has no "{key}".{did_you_mean(key, KEYS)} It knows {", ".join(KEYS)}.'
-            )
+    given = known.given(arguments)
     size = Size(DEFAULT_RANK if dim is None else dim, DEFAULT_ALPHA if alpha is None else alpha)
     if size.rank < 1:
         raise OptionError(f"--network_dim must be at least 1, got {size.rank}.")
-    conv_dim = _number(given, "conv_dim", int)
-    conv_alpha = _number(given, "conv_alpha", float)
+    conv_dim = number(given, "conv_dim", int)
+    conv_alpha = number(given, "conv_alpha", float)
     if conv_dim is not None and conv_dim < 1:
         raise OptionError(
             f"--network_args: conv_dim must be at least 1, got {conv_dim}. Leave it out for no LoRA there."
@@ -132,9 +160,13 @@ def read(
 
 
 def check(
-    dim: int | None, alpha: float | None, neuron_dropout: float | None, arguments: Mapping[str, Any]
-) -> None:
-    """Find what is wrong with settings that need no model to be understood; lists by block wait for its blocks.
+    dim: int | None,
+    alpha: float | None,
+    neuron_dropout: float | None,
+    arguments: Mapping[str, Any],
+    known: Arguments = LORA,
+) -> Settings:
+    """Return the settings that need no model to be understood; lists by block, which wait for its blocks, left out.
 
     Raises:
         OptionError: an unknown key, or a value that does not fit.
@@ -142,7 +174,8 @@ def check(
     later = {key for key in BLOCK_KEYS if arguments.get(key) is not None}
     if "conv_block_dims" in later:
         later.add("conv_alpha")  # which is right beside it
-    read(dim, alpha, neuron_dropout, {key: value for key, value in arguments.items() if key not in later}, None)
+    sooner = {key: value for key, value in arguments.items() if key not in later}
+    return read(dim, alpha, neuron_dropout, sooner, None, known)
 
 
 def _block_sizes(
@@ -166,7 +199,7 @@ def _block_sizes(
 
 
 def _lr_weights(given: Mapping[str, Any], layout: BlockLayout | None) -> tuple[float, ...] | None:
-    threshold = _number(given, "block_lr_zero_threshold", float)
+    threshold = number(given, "block_lr_zero_threshold", float)
     if not any(key in given for key in LR_WEIGHT_KEYS):
         if threshold is not None:
             raise OptionError(f"--network_args: block_lr_zero_threshold needs one of {', '.join(LR_WEIGHT_KEYS)}.")
@@ -182,18 +215,18 @@ def _lr_weights(given: Mapping[str, Any], layout: BlockLayout | None) -> tuple[f
 
 
 def _dropout(given: Mapping[str, Any], neuron_dropout: float | None) -> Dropout:
-    neuron = _probability(given, "dropout")
+    neuron = probability(given, "dropout")
     if neuron is not None and neuron_dropout is not None and neuron != neuron_dropout:
         raise OptionError(f"--network_dropout {neuron_dropout} and dropout={neuron} in --network_args disagree.")
     return Dropout(
         neuron=neuron if neuron_dropout is None else neuron_dropout,
-        rank=_probability(given, "rank_dropout"),
-        module=_probability(given, "module_dropout"),
+        rank=probability(given, "rank_dropout"),
+        module=probability(given, "module_dropout"),
     )
 
 
 def _lora_plus(given: Mapping[str, Any]) -> LoraPlus:
-    general, unet, text_encoder = (_number(given, key, float) for key in LORA_PLUS_KEYS)
+    general, unet, text_encoder = (number(given, key, float) for key in LORA_PLUS_KEYS)
     return LoraPlus(general if unet is None else unet, general if text_encoder is None else text_encoder)
 
 
@@ -203,12 +236,14 @@ def _layout(layout: BlockLayout | None, what: str) -> BlockLayout:
     return layout
 
 
-def _number(given: Mapping[str, Any], key: str, kind: Callable[[str], Number]) -> Number | None:
+def number(given: Mapping[str, Any], key: str, kind: Callable[[str], Number]) -> Number | None:
+    """Return an argument's number; None where it is not given. Raises: OptionError naming the key."""
     return _parse(str(given[key]), key, kind) if key in given else None
 
 
-def _probability(given: Mapping[str, Any], key: str) -> float | None:
-    value = _number(given, key, float)
+def probability(given: Mapping[str, Any], key: str) -> float | None:
+    """Return an argument's number in [0, 1); None where it is not given. Raises: OptionError naming the key."""
+    value = number(given, key, float)
     if value is not None and not 0 <= value < 1:
         raise OptionError(f"--network_args: {key} must be in [0, 1), got {value}.")
     return value
