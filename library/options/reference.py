@@ -9,8 +9,6 @@ from typing import Any
 from library.options.values import Declared
 
 _DATA = "images are described by --dataset_config or --train_data_dir, with captions in files beside them"
-_STATE = "training state is not written or read by this version"
-_START = "a run starts at its first step in this version"
 _HUB = "files are not uploaded by this version; upload the saved file afterwards"
 _VALIDATION = "the loss on held-out images is not computed by this version"
 _DEEPSPEED = "DeepSpeed is not supported by this version; accelerate's data parallelism is"
@@ -37,14 +35,6 @@ class Elsewhere:
 REFUSED = (
     Elsewhere("dataset_class", str, None, f"a dataset class of one's own cannot be plugged in; {_DATA}"),
     Elsewhere("in_json", str, None, f"metadata files are not read by this version; {_DATA}"),
-    Elsewhere("resume", str, None, _STATE),
-    Elsewhere("save_state", bool, False, _STATE),
-    Elsewhere("save_state_on_train_end", bool, False, _STATE),
-    Elsewhere("save_last_n_epochs_state", int, None, _STATE),
-    Elsewhere("save_last_n_steps_state", int, None, _STATE),
-    Elsewhere("initial_epoch", int, None, _START),
-    Elsewhere("initial_step", int, None, _START),
-    Elsewhere("skip_until_initial_step", bool, False, _START),
     Elsewhere("huggingface_repo_id", str, None, _HUB),
     Elsewhere("huggingface_repo_type", str, None, _HUB),
     Elsewhere("huggingface_path_in_repo", str, None, _HUB),
@@ -87,6 +77,9 @@ IGNORED = (
 GRANTED = (
     Elsewhere("sdpa", bool, False, "torch's scaled_dot_product_attention is used unless --xformers is given"),
     Elsewhere("persistent_data_loader_workers", bool, False, "loader processes always stay alive between epochs"),
+    Elsewhere(
+        "skip_until_initial_step", bool, False, "a run that goes on does so at its place in the data, at no cost"
+    ),
     Elsewhere("highvram", bool, False, "GPU memory is never given back between batches of the latent cache"),
 )
 

@@ -9,6 +9,7 @@ from library.options.values import Bounds
 
 INTERVALS = (
     "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps",
+    "save_last_n_epochs_state", "save_last_n_steps_state",
 )  # fmt: skip
 
 
@@ -36,6 +37,19 @@ class SavingOptions:
     )
     save_last_n_steps: int | None = option(
         None, "Of the files saved after steps, keep those of the last N steps. 0 keeps all.", bounds=Bounds(min=0)
+    )
+    save_state: bool = option(
+        False, "Beside every saved file, and at the end, write a folder with which --resume continues the run exactly."
+    )
+    save_state_on_train_end: bool = option(False, "Write that folder at the end of the run only.")
+    save_last_n_epochs_state: int | None = option(
+        None, "As --save_last_n_epochs, for states. Unset or 0: as for files.", bounds=Bounds(min=0)
+    )
+    save_last_n_steps_state: int | None = option(
+        None, "As --save_last_n_steps, for states. Unset or 0: as for files.", bounds=Bounds(min=0)
+    )
+    resume: str | None = option(
+        None, "Continue the run whose state is in this folder, as if it had never stopped.", is_path=True
     )
     no_metadata: bool = option(False, "Leave out of saved files how they were trained.")
     training_comment: str | None = option(None, "Text for the metadata of saved files (ss_training_comment).")

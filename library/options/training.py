@@ -17,6 +17,14 @@ class TrainingOptions:
     max_train_epochs: int | None = option(
         None, "Number of epochs; decides instead of --max_train_steps.", bounds=Bounds(min=1)
     )
+    initial_epoch: int | None = option(
+        None,
+        "Epoch to begin with, counted from 1; the learning rate's curve begins at its own start.",
+        bounds=Bounds(min=1),
+    )
+    initial_step: int | None = option(
+        None, "Steps that count as done; beats --initial_epoch and a resumed state's own.", bounds=Bounds(min=0)
+    )
     seed: int | None = option(
         None, "Seed of every random draw; unset: a random one, which is recorded.", bounds=Bounds(min=0, max=2**32 - 1)
     )

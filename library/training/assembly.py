@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from library.dataset.plan import RunPlan
+from library.errors import CheckpointError
 from library.options import public_values
 from library.training import data as training_data
-from library.training import file_metadata, optimizers, schedules, trainee
+from library.training import file_metadata, optimizers, schedules, state, trainee
 from library.training.data import Data
 from library.training.file_metadata import Hashes
 from library.training.loop import Run
@@ -23,6 +26,8 @@ from library.training.precision import Precision
 from library.training.prompts import SamplePrompt
 from library.training.sampling import Sampler
 from library.training.saving import Saver, save_dtype
+from library.training.state import Contents, Manifest, Resumed
+from library.training.states import StateSaver
 from library.training.step import Step
 from library.training.trackers import Trackers
 
@@ -43,6 +48,44 @@ class Checked:
     tracker_names: tuple[str, ...]
     data: Data
     prompts: tuple[SamplePrompt, ...]  # of the previews; none where none are wanted
+    resumed: Resumed | None  # None: a run from its start
+
+
+@dataclass(frozen=True)
+class Live:
+    """What changes from step to step, and so makes up the state of a run."""
+
+    trainee: trainee.NetworkTrainee
+    optimizer: Any
+    scheduler: Any
+    scaler: Any  # None without fp16
+    history: LossHistory
+
+    def contents(self) -> Contents:
+        """Return it for writing."""
+        return Contents(
+            weights=self.trainee.weights(),
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
+            scaler=None if self.scaler is None else self.scaler.state_dict(),
+            history=self.history.as_plain(),
+        )
+
+    def restore(self, resumed: Resumed) -> None:
+        """Take the state of an earlier run. Raises: CheckpointError if it does not fit this one."""
+        contents = state.read(resumed)
+        self.trainee.load_weights(contents.weights, f"--resume {resumed.folder}")
+        try:
+            self.optimizer.load_state_dict(contents.optimizer)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"--resume {resumed.folder}: the optimizer's state does not fit ({error}). "
+                "Resume with the same optimizer and network options."
+            ) from error
+        self.scheduler.load_state_dict(contents.scheduler)
+        if self.scaler is not None and contents.scaler is not None:
+            self.scaler.load_state_dict(contents.scaler)
+        self.history.replay(contents.history)
 
 
 @dataclass(frozen=True)
@@ -55,6 +98,7 @@ class Setting:
     accelerator: Accelerator
     plan: RunPlan
     max_train_steps: int
+    steps_done: int  # before this run: of a resumed one, or --initial_step
     started_at: float  # s since 1970
 
 
@@ -106,26 +150,48 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
     trackers = Trackers(accelerator, setting.checked.tracker_names)
     trackers.open(options.logging, public_values(options))
     num_epochs = -(-setting.max_train_steps // plan.steps_per_epoch)
+    scheduler = schedules.create(options.schedule, optimizer, setting.max_train_steps)
+    history = LossHistory(plan.steps_per_epoch)
+    live = Live(trained, prepared, scheduler, accelerator.scaler, history)
+    if setting.checked.resumed is not None:
+        live.restore(setting.checked.resumed)
     metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
     images_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
+    saver = Saver(options.saving, trained.save, metadata.at, num_epochs, accelerator.is_main_process)
     return Run(
         accelerator=accelerator,
         step=step,
         trainee=trained,
         optimizer=prepared,
-        scheduler=schedules.create(options.schedule, optimizer, setting.max_train_steps),
-        batches=training_data.load(setting.checked.data, options, plan, store, setting.family, setting.max_train_steps),
+        scheduler=scheduler,
+        batches=training_data.load(
+            setting.checked.data, options, plan, store, setting.family, setting.max_train_steps, setting.steps_done
+        ),
         plan=plan,
         max_train_steps=setting.max_train_steps,
         max_grad_norm=options.optimizer.max_grad_norm,
         latents_of=lambda batch: images_of(batch.images, batch.latents),
         learning_rates=lambda: learning_rates(optimizer, groups.descriptions),
-        saver=Saver(options.saving, trained.save, metadata.at, num_epochs, accelerator.is_main_process),
+        saver=saver,
+        states=StateSaver(options.saving, saver, state_writer(setting, live), accelerator.is_main_process),
         sampler=make_sampler(setting, parts, trained),
         trackers=trackers,
-        history=LossHistory(plan.steps_per_epoch),
+        history=history,
+        steps_done=setting.steps_done,
         reader=LossReader(accelerator.reduce if accelerator.num_processes > 1 else None),
     )
+
+
+def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], None]:
+    """Return what writes the state of the run to a folder, after a step (1-based) in an epoch (1-based)."""
+    samples = setting.checked.data.samples
+    dataset, options = state.fingerprint(samples), state.deciding_values(setting.options)
+
+    def write(folder: Path, step: int, epoch: int) -> None:
+        manifest = Manifest(step, epoch, setting.plan.seed, options, dataset, len(samples))
+        state.write(folder, manifest, live.contents())
+
+    return write
 
 
 def make_sampler(setting: Setting, parts: Parts, trained: trainee.NetworkTrainee) -> Sampler | None:

@@ -125,9 +125,11 @@ def load(
     store: LatentStore | None,
     family: ModelFamily,
     max_train_steps: int,
+    steps_done: int,
 ) -> BatchLoader:
-    """Return the endless batches of this process."""
+    """Return the endless batches of this process, from the first one after steps_done."""
     settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight)
     images = DrawnImages(data.samples, settings, tokenize=family.tokenize, store=store)
+    batches = run_plan.batches(run_plan.first_batch_of(steps_done))
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
-    return make_loader(images, run_plan.batches(), num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from library.dataset.plan import RunPlan
     from library.training.sampling import Sampler
     from library.training.saving import Saver
+    from library.training.states import StateSaver
     from library.training.trackers import Trackers
     from library.training.trainee import Trainee
 
@@ -44,10 +45,12 @@ class Run:
     latents_of: Callable[[Batch], Tensor]  # cached latents, or the VAE's
     learning_rates: Callable[[], dict[str, float]]
     saver: Saver
+    states: StateSaver
     sampler: Sampler | None
     trackers: Trackers
     history: LossHistory
     reader: LossReader
+    steps_done: int = 0  # before the first batch: of the run that is resumed
     is_stop_wanted: bool = False  # by any process
 
     @property
@@ -67,9 +70,9 @@ class Place:
     is_epoch_end: bool
 
 
-def places(plan: RunPlan, max_train_steps: int) -> Iterator[Place]:
-    """Yield the place of every micro-batch until max_train_steps."""
-    position, step = 0, 1
+def places(plan: RunPlan, max_train_steps: int, steps_done: int = 0) -> Iterator[Place]:
+    """Yield the place of every micro-batch after steps_done until max_train_steps."""
+    position, step = plan.first_batch_of(steps_done), steps_done + 1
     while step <= max_train_steps:
         epoch, index = divmod(position, plan.batches_per_epoch)
         is_update = plan.ends_step(position)
@@ -83,7 +86,7 @@ def train(run: Run) -> bool:
 
     Raises: LossError when a loss is not finite; nothing is saved after it.
     """
-    if run.sampler is not None and run.sampler.is_due_at_start():
+    if run.sampler is not None and run.sampler.is_due_at_start() and run.steps_done == 0:
         sample(run, epoch=0, step=0)
     run.trainee.train()
     run.history.begin()
@@ -96,6 +99,10 @@ def train(run: Run) -> bool:
                 run.saver.save_final(run.max_train_steps, run.num_epochs)
             else:
                 run.saver.save_interrupted(last.step, last.epoch)
+        if is_complete:
+            run.states.save_final(run.max_train_steps, last.epoch)
+        else:
+            run.states.save_interrupted(last.step, last.epoch)
     return is_complete
 
 
@@ -104,8 +111,8 @@ def train_steps(run: Run, stop: interrupts.StopRequest) -> Place:
     losses: list[Tensor] = []
     names: list[str] = []
     place = None
-    with progress(label="steps", total=run.max_train_steps, unit="step") as bar:
-        for place, batch in zip(places(run.plan, run.max_train_steps), run.batches, strict=False):
+    with progress(label="steps", total=run.max_train_steps, unit="step", initial=run.steps_done) as bar:
+        for place, batch in zip(places(run.plan, run.max_train_steps, run.steps_done), run.batches, strict=False):
             losses.append(backward(run, batch, place))
             names.extend(batch.names)
             if not place.is_update:
@@ -168,6 +175,11 @@ def after_step(run: Run, place: Place) -> None:
             run.saver.save_step(place.step, place.epoch)
         if is_epoch_save_due:
             run.saver.save_epoch(place.epoch, place.step)
+    # not in evaluation mode: a schedule-free optimizer goes on from its own weights, not from their average
+    if is_save_due:
+        run.states.save_step(place.step, place.epoch)
+    if is_epoch_save_due:
+        run.states.save_epoch(place.step, place.epoch)
     if is_sample_due:
         sample(run, place.epoch if is_epoch_end else None, place.step)
     if place.is_epoch_end:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,7 @@ class LossHistory:
     window: int  # optimizer steps in an epoch
     records: list[LossRecord] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)  # as time.monotonic tells it
+    num_before: int = 0  # records that begin found
     _recent: deque[float] = field(default_factory=deque)
     _sum: float = 0.0
 
@@ -136,8 +138,23 @@ class LossHistory:
             self._sum -= self._recent.popleft()
 
     def begin(self) -> None:
-        """Count the time from now on."""
+        """Count time and steps from now on."""
         self.started_s = time.monotonic()
+        self.num_before = len(self.records)
+
+    @property
+    def num_timed(self) -> int:
+        """Steps since begin: those of an earlier run that this one resumes do not count."""
+        return len(self.records) - self.num_before
+
+    def as_plain(self) -> list[Any]:
+        """Return the records as values that JSON can hold."""
+        return [[r.step, r.epoch, r.loss, r.learning_rates, r.extras] for r in self.records]
+
+    def replay(self, plain: Iterable[Any]) -> None:
+        """Take records that as_plain made, so that averages go on as if the run had not stopped."""
+        for step, epoch, loss, learning_rates, extras in plain:
+            self.add(LossRecord(step, epoch, loss, learning_rates, extras, is_stop_wanted=False))
 
     @property
     def seconds(self) -> float:

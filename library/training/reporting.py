@@ -50,7 +50,7 @@ class Reporter:
             return None
         records = run.history.records
         seconds = run.history.seconds
-        num_images = len(records) * self.facts.num_train_images / max(1, run.plan.steps_per_epoch)
+        num_images = run.history.num_timed * self.facts.num_train_images / max(1, run.plan.steps_per_epoch)
         sheet = sheet_path(self.options.saving)
         content = report.ReportData(
             title=self.options.saving.output_name or FINAL_NAME,
@@ -62,7 +62,7 @@ class Reporter:
             options=report.changed_options(self.options),
             files=run.saver.saved,
             seconds=seconds,
-            step_s=seconds / len(records) if records else None,
+            step_s=seconds / run.history.num_timed if run.history.num_timed else None,
             images_per_s=num_images / seconds if records and seconds else None,
             facts={**self.model_facts, "Finished": time.strftime("%Y-%m-%d %H:%M:%S")},
             is_complete=is_complete,

@@ -17,11 +17,24 @@ from accelerate.utils import (
     set_seed,
 )
 
-from library.training import assembly, loop, optimizers, reporting, sampling, saving, schedules, trackers, trainee
+from library.errors import OptionError
+from library.training import (
+    assembly,
+    loop,
+    optimizers,
+    reporting,
+    sampling,
+    saving,
+    schedules,
+    state,
+    trackers,
+    trainee,
+)
 from library.training import data as training_data
 from library.training.assembly import Checked, Setting
 from library.training.file_metadata import Hashes
 from library.training.precision import Precision, let_scaler_take_half_gradients
+from library.training.state import Resumed
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
@@ -42,13 +55,24 @@ def train(options: Options, family: ModelFamily) -> None:
     started_at = time.time()
     checked = check(options, family)
     accelerator = make_accelerator(options, checked)
-    seed = common_seed(options.training.seed)
+    resumed = checked.resumed
+    seed = common_seed(seed_of(options.training.seed, resumed))
     set_seed(seed)
     log.info("seed %d, %d process(es), device %s", seed, accelerator.num_processes, accelerator.device)
     process = (accelerator.process_index, accelerator.num_processes)
     plan = training_data.make_plan(checked.data, options, seed, process)
     max_train_steps = total_steps(options.training, plan.steps_per_epoch)
-    setting = Setting(options, family, checked, accelerator, plan, max_train_steps, started_at)
+    steps_done = first_step(options.training, resumed, plan.steps_per_epoch)
+    if steps_done >= max_train_steps:
+        raise OptionError(
+            f"{steps_done} steps are done, and the run is to end at step {max_train_steps}. Raise --max_train_steps or "
+            "--max_train_epochs."
+        )
+    if resumed is not None:
+        samples = checked.data.samples
+        state.tell_changes(resumed.manifest, state.deciding_values(options), state.fingerprint(samples), len(samples))
+        log.info("resuming %s after step %d", resumed.folder, steps_done)
+    setting = Setting(options, family, checked, accelerator, plan, max_train_steps, steps_done, started_at)
     hashes = None
     if accelerator.is_main_process:  # the only one that saves
         hashes = Hashes.start(options.model.pretrained_model_name_or_path or "", options.model.vae)
@@ -86,11 +110,12 @@ def check(options: Options, family: ModelFamily) -> Checked:
         full_bf16=options.training.full_bf16,
         no_half_vae=options.model.no_half_vae,
     )
+    resumed = state.open_state(options.saving.resume) if options.saving.resume else None
     tracker_names = trackers.wanted(options.logging)
     data = training_data.read(options, family.bucket_step_multiple)
     # over one weight: finds what only the optimizer's and the schedule's own code can tell
     schedules.rehearse(options.schedule, optimizers.rehearse(options.optimizer))
-    return Checked(network_module, formats, tracker_names, data, prompts)
+    return Checked(network_module, formats, tracker_names, data, prompts, resumed)
 
 
 def make_accelerator(options: Options, checked: Checked) -> Accelerator:
@@ -131,6 +156,25 @@ def common_seed(given: int | None) -> int:
     seeds = [given if given is not None else random.SystemRandom().getrandbits(32)]
     broadcast_object_list(seeds)
     return seeds[0]
+
+
+def seed_of(given: int | None, resumed: Resumed | None) -> int | None:
+    """Return the seed of the run where it is known: as given, or else that of the resumed run."""
+    if resumed is None:
+        return given
+    if given is not None and given != resumed.manifest.seed:
+        log.warning("--resume: --seed was %d, is %d: the draws from here on are others", resumed.manifest.seed, given)
+        return given
+    return resumed.manifest.seed
+
+
+def first_step(options: TrainingOptions, resumed: Resumed | None, steps_per_epoch: int) -> int:
+    """Return how many optimizer steps count as done before this run."""
+    if options.initial_step is not None:
+        return options.initial_step
+    if options.initial_epoch is not None:
+        return (options.initial_epoch - 1) * steps_per_epoch
+    return 0 if resumed is None else resumed.manifest.step
 
 
 def total_steps(options: TrainingOptions, steps_per_epoch: int) -> int:

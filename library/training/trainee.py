@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from library.errors import OptionError
+from library.errors import CheckpointError, OptionError
 from networks import plugin
 
 if TYPE_CHECKING:
@@ -62,6 +62,14 @@ class Trainee(Protocol):
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the trained weights."""
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the trained weights exactly, for the state of a run."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Tensor], origin: str) -> None:
+        """Take back what `weights` gave. Raises: CheckpointError if it does not fit."""
         ...
 
 
@@ -125,6 +133,21 @@ class NetworkTrainee:
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the network's file."""
         plugin.save(self.network, path, self.save_dtype, metadata)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the network's weights exactly, for the state of a run."""
+        return self.network.state_dict()
+
+    def load_weights(self, weights: Mapping[str, Tensor], origin: str) -> None:
+        """Take back what `weights` gave. Raises: CheckpointError if the network has another shape now."""
+        try:
+            self.network.load_state_dict(dict(weights))
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise CheckpointError(
+                f"{origin}: the network has another shape than when the state was saved ({first}). "
+                "Resume with the same network options."
+            ) from error
 
 
 def check(options: NetworkOptions) -> ModuleType:
