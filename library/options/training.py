@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.errors import OptionError
-from library.options.declare import check_values, option
+from library.options.declare import check_values, option, settle
 from library.options.values import Bounds
 
 
@@ -19,8 +19,8 @@ class TrainingOptions:
     )
     initial_epoch: int | None = option(
         None,
-        "Epoch to begin with, counted from 1; the learning rate's curve begins at its own start.",
-        bounds=Bounds(min=1),
+        "Epoch to begin with, counted from 1; the learning rate's curve begins at its own start. 0 is off.",
+        bounds=Bounds(min=0),
     )
     initial_step: int | None = option(
         None, "Steps that count as done; beats --initial_epoch and a resumed state's own.", bounds=Bounds(min=0)
@@ -65,6 +65,8 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         """Check the values."""
         check_values(self)
+        if self.initial_epoch == 0:
+            settle(self, "initial_epoch", None)
         for is_full, name in ((self.full_fp16, "fp16"), (self.full_bf16, "bf16")):
             if is_full and self.mixed_precision != name:
                 raise OptionError(

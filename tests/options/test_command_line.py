@@ -196,8 +196,13 @@ def test_a_refused_option_at_its_default_is_silently_fine(config):
 
 
 def test_a_refused_option_that_is_off_by_a_0_is_silently_fine(config):
-    found = read(config("save_last_n_steps_state = 0\nvalidate_every_n_steps = 0\ninitial_epoch = 0\n"))
+    found = read(config("validate_every_n_steps = 0\n"))
     assert found.warnings == ()
+
+
+def test_a_number_of_states_or_a_first_epoch_of_0_is_none(config):
+    found = read(config("save_last_n_steps_state = 0\ninitial_epoch = 0\n")).options
+    assert (found.saving.save_last_n_steps_state, found.training.initial_epoch) == (None, None)
 
 
 @pytest.mark.parametrize("option", IGNORED, ids=lambda option: option.name)
