@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -152,7 +154,11 @@ class BatchLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yield the batches in the order of their draws. Raises: UserError."""
-        for loaded in super().__iter__():
+        batches = super().__iter__()
+        if self.num_workers:
+            atexit.unregister(_kill_workers)
+            atexit.register(_kill_workers)  # last in, first out: before anybody waits for them
+        for loaded in batches:
             if isinstance(loaded, Failure):
                 raise loaded.error
             yield loaded
@@ -179,13 +185,19 @@ def make_loader(
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker if num_workers else None,
-        persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
     )
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _kill_workers() -> None:
+    """End the workers that a run leaves which broke off: they are deaf to the signal by which Python would end them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _prepare_worker(_: int) -> None:

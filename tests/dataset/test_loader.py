@@ -1,8 +1,11 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import fields, replace
 from itertools import chain, islice, repeat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,3 +215,29 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(pictures, number):
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, number)
     assert len(list(islice(loader, 12))) == 12  # more than are loaded ahead
+
+
+CRASH = """
+import sys
+from itertools import repeat
+from pathlib import Path
+from dataset.pictures import sample_of
+from library.dataset.loader import DrawnImages, LoaderSettings, make_loader
+from library.dataset.plan import Draw
+draws = repeat((Draw(0, 0, 1, 0),))
+dataset = DrawnImages([sample_of(Path(sys.argv[1]))], LoaderSettings(1, 100))
+loader = make_loader(dataset, draws, num_workers=1, pin_memory=False)
+batches = iter(loader)
+next(batches)
+raise MemoryError
+"""
+
+
+def test_workers_end_with_a_run_that_breaks_off(pictures):
+    """They are deaf to the signal by which Python ends them, and it waited for them for ever."""
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    command = [sys.executable, "-c", CRASH, str(pictures[0])]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1
+    assert "MemoryError" in ended.stderr
