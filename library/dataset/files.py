@@ -78,6 +78,8 @@ def read_header(path: Path) -> Header:
         with Image.open(path) as image:
             if _needs_decoding(path, image.format):
                 image.load()
+            if image.mode == "F":
+                raise DataError(f"{path}: has floating-point pixels. Save it with 8 or 16 bits a channel.")
             # The base class reads what is there; a PNG's own method would decode the picture to look for more.
             orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
             if orientation not in range(1, 9):

@@ -217,4 +217,4 @@ def _why_not(key: str, keys: Mapping[str, Reader]) -> str:
         return f"can only be set on the command line, as --{key}."
     if SYNONYMS.get(key) in keys:
         return f"is not a key of a dataset config. Did you mean {SYNONYMS[key]}?"
-    return f"is not a key of a dataset config.{did_you_mean(key, keys)}"
+    return f"is not a key of a dataset config.{did_you_mean(key, (*keys, 'subsets'))}"

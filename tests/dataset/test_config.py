@@ -199,6 +199,7 @@ def test_masks_of_every_kind_may_stand_beside_regularisation_images(read):
         ("general = 1", r"general must be a table, got 1"),
         (one_subset("num_repeats = 0"), r"datasets\[0\] has no subset with num_repeats of 1 or more"),
         ("datasets = [", r"dataset\.toml: is not valid TOML"),
+        ("[[datasets]]\n[[datasets.subset]]\nimage_dir='a'", r"datasets\[0\]\.subset is not .*Did you mean subsets\?"),
         (r"""image_dir = "C:\users\me" """, r"Between double quotes \\ begins a special character"),
         (
             one_subset(r"""conditioning_data_dir = "C:\train\new" """),

@@ -130,6 +130,14 @@ def test_a_file_that_is_cut_short_is_an_error(images, name):
     assert f"{name}: cannot be read as an image" in message
 
 
+def test_floating_point_pixels_are_an_error_of_the_headers(images):
+    save(images / "a.tif", mode="F").rename(images / "a.png")
+    found = scan_of(with_class(images))
+    assert messages(found, "error") == [
+        f"{images / 'a.png'}: has floating-point pixels. Save it with 8 or 16 bits a channel."
+    ]
+
+
 def test_bytes_behind_the_end_of_a_jpeg_are_no_harm(images):
     path = save(images / "a.jpg")
     path.write_bytes(path.read_bytes() + bytes(100_000))
