@@ -42,4 +42,5 @@ def deferred() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: not installed by Python, so Python cannot put it back
+                signal.signal(number, handler)

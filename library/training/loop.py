@@ -170,7 +170,19 @@ def after_step(run: Run, place: Place) -> None:
     is_sample_due = run.sampler is not None and run.sampler.is_due(place.epoch if is_epoch_end else None, place.step)
     if is_save_due or is_epoch_save_due or is_sample_due:
         report(run, run.reader.drain())  # a broken loss must stop the run before it is saved
-    with evaluating(run) if is_save_due or is_epoch_save_due else nullcontext():
+    if is_save_due or is_epoch_save_due:
+        with run.history.paused():
+            save(run, place, is_save_due=is_save_due, is_epoch_save_due=is_epoch_save_due)
+    if is_sample_due:
+        sample(run, place.epoch if is_epoch_end else None, place.step)
+    if place.is_epoch_end:
+        report(run, run.reader.drain())
+        run.trackers.log_epoch(place.epoch, place.step, run.history.epoch_average(place.epoch))
+
+
+def save(run: Run, place: Place, *, is_save_due: bool, is_epoch_save_due: bool) -> None:
+    """Write the files of a step, of the epoch it ends, or both, and their states."""
+    with evaluating(run):
         if is_save_due:
             run.saver.save_step(place.step, place.epoch)
         if is_epoch_save_due:
@@ -180,17 +192,12 @@ def after_step(run: Run, place: Place) -> None:
         run.states.save_step(place.step, place.epoch)
     if is_epoch_save_due:
         run.states.save_epoch(place.step, place.epoch)
-    if is_sample_due:
-        sample(run, place.epoch if is_epoch_end else None, place.step)
-    if place.is_epoch_end:
-        report(run, run.reader.drain())
-        run.trackers.log_epoch(place.epoch, run.history.epoch_average(place.epoch))
 
 
 def sample(run: Run, epoch: int | None, step: int) -> None:
     """Draw the preview pictures; the trainee is in evaluation mode meanwhile."""
     assert run.sampler is not None
-    with evaluating(run), torch.no_grad():
+    with run.history.paused(), evaluating(run):
         paths = run.sampler.sample(epoch, step)
     run.trackers.log_images(paths, step)
 

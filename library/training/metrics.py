@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,6 +142,13 @@ class LossHistory:
         """Count time and steps from now on."""
         self.started_s = time.monotonic()
         self.num_before = len(self.records)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of what is done meanwhile: previews and saving are no part of a step."""
+        before = time.monotonic()
+        yield
+        self.started_s += time.monotonic() - before
 
     @property
     def num_timed(self) -> int:

@@ -37,6 +37,7 @@ class Reporter:
     """Collects what the report shows; writes nothing without --report."""
 
     options: Options
+    data: Data
     facts: DatasetFacts
     mask_line: str
     model_facts: Mapping[str, str]
@@ -51,13 +52,14 @@ class Reporter:
         records = run.history.records
         seconds = run.history.seconds
         num_images = run.history.num_timed * self.facts.num_train_images / max(1, run.plan.steps_per_epoch)
-        sheet = sheet_path(self.options.saving)
+        # not before the first step, which would wait for up to 120 pictures to be decoded
+        sheet = contact_sheet.draw(self.data.samples, sheet_path(self.options.saving))
         content = report.ReportData(
             title=self.options.saving.output_name or FINAL_NAME,
             losses=[(r.step, r.loss, next(iter(r.learning_rates.values()), 0.0)) for r in records],
             samples=sorted(samples, key=lambda sample: (sample.step, sample.index)),
             mask_line=self.mask_line,
-            mask_sheet=sheet if sheet.exists() else None,
+            mask_sheet=sheet,
             dataset=report.dataset_rows(self.facts),
             options=report.changed_options(self.options),
             files=run.saver.saved,
@@ -76,13 +78,11 @@ def sheet_path(options: SavingOptions) -> Path:
 
 
 def start(setting: Setting, store: LatentStore | None) -> Reporter:
-    """Tell what the masks do, draw them where a report is wanted, and return what will write it."""
+    """Tell what the masks do, and return what will write the report."""
     data, options = setting.checked.data, setting.options
-    line = tell_masks(data, store)
-    if options.saving.report and setting.accelerator.is_main_process:
-        contact_sheet.draw(data.samples, sheet_path(options.saving))
+    line = tell_masks(data, store) if setting.accelerator.is_main_process else ""
     facts = machine_facts(setting.accelerator.device, setting.plan.seed)
-    return Reporter(options, facts_of(options, data, setting.plan), line, facts)
+    return Reporter(options, data, facts_of(options, data, setting.plan), line, facts)
 
 
 def machine_facts(device: torch.device, seed: int) -> dict[str, str]:

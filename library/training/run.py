@@ -131,12 +131,15 @@ def make_accelerator(options: Options, checked: Checked) -> Accelerator:
     if training.ddp_timeout is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=training.ddp_timeout)))
     AcceleratorState._reset_state()  # else a second run in this process could not have another precision
-    accelerator = Accelerator(
-        mixed_precision=checked.precision.mixed,
-        log_with=list(checked.tracker_names) or None,
-        project_dir=trackers.log_dir(options.logging),
-        kwargs_handlers=handlers,
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=checked.precision.mixed,
+            log_with=list(checked.tracker_names) or None,
+            project_dir=trackers.log_dir(options.logging),
+            kwargs_handlers=handlers,
+        )
+    except ValueError as error:  # a precision that the device accelerate was told to use cannot do
+        raise OptionError(f"--mixed_precision {checked.precision.mixed}: {error}") from error
     if training.full_fp16:
         let_scaler_take_half_gradients(accelerator.scaler)
     return accelerator

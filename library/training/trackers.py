@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
+
 from library.errors import OptionError
 from library.options.toml import read_toml
 
@@ -83,15 +85,18 @@ class Trackers:
         values |= {f"lr/{name}": rate for name, rate in record.learning_rates.items()}
         self.accelerator.log(values, step=record.step)
 
-    def log_epoch(self, epoch: int, average: float) -> None:
-        """Log an epoch's mean loss, over epochs."""
-        if self.names:
-            self.accelerator.log({"loss/epoch_average": average}, step=epoch)
+    def log_epoch(self, epoch: int, step: int, average: float) -> None:
+        """Log an epoch's mean loss: over epochs in TensorBoard, over steps in wandb, which drops what goes back."""
+        for tracker in self.accelerator.trackers if self.names else ():
+            is_by_epoch = tracker.name == "tensorboard"
+            values = {"loss/epoch_average": average} | ({} if is_by_epoch else {"epoch": float(epoch)})
+            tracker.log(values, step=epoch if is_by_epoch else step)
 
     def log_images(self, paths: list[Path], step: int) -> None:
-        """Send preview pictures to the trackers."""
-        if not self.names or not paths:
+        """Send preview pictures to the trackers; those of all processes."""
+        if not self.names:
             return
+        paths = sorted(gather_object(paths), key=lambda path: path.name)
         import numpy as np
         from PIL import Image
 

@@ -1,5 +1,6 @@
 """Losses come back in order, one step late, and a broken one names its images."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -90,3 +91,24 @@ def test_the_time_counts_from_the_first_step_not_from_the_previews_before_it() -
     history.started_s -= 100
     history.begin()
     assert history.seconds < 100
+
+
+def test_what_is_done_between_steps_is_no_time_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("library.training.metrics.time.monotonic", lambda: now[0])
+    history = LossHistory(window=2)
+    history.begin()
+    with history.paused():
+        now[0] += 50.0
+    now[0] += 3.0
+    assert history.seconds == 3.0
+
+
+def test_a_replayed_history_goes_on_with_the_same_averages() -> None:
+    first, second = LossHistory(window=2), LossHistory(window=2)
+    for step, loss in enumerate([0.1, 0.2, 0.7], start=1):
+        first.add(LossRecord(step, 1, loss, {"unet": 1e-4}, {}, is_stop_wanted=False))
+    second.replay(json.loads(json.dumps(first.as_plain())))
+    second.begin()
+    assert second.average == first.average
+    assert second.num_timed == 0
