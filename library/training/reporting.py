@@ -107,8 +107,11 @@ def machine_facts(device: torch.device, seed: int) -> dict[str, str]:
 
 def tell_masks(data: Data, store: LatentStore | None) -> str:
     """Log and return how many masks of which source are in use, and what they let through."""
-    line = summary.mask_line(data.samples, mean_weight=mean_weight(data, store))
+    mean = mean_weight(data, store)
+    line = summary.mask_line(data.samples, mean_weight=mean)
     log.info("%s", line)
+    if mean == 0:
+        log.warning("the masks are black everywhere: nothing of their images is learnt. Are they inverted?")
     return line
 
 
