@@ -1,7 +1,7 @@
 """Network modules by name, ours or third-party (LyCORIS): all asking what one of them can do is in this file.
 
 The face is sd-scripts': a module with `create_network` and `create_network_from_weights`, and the network it returns.
-networks.lora has the same face, so that training deals with one kind of network.
+Our own modules have the same face, so that training deals with one kind of network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from library.errors import OptionError, did_you_mean
 from library.models.family import LoraTarget
 
-KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
+KNOWN_MODULES = ("networks.lora", "networks.lora_fa", "networks.dylora", "networks.oft", "lycoris.kohya")
 REQUIRED_METHODS = ("apply_to", "load_weights", "save_weights", "prepare_grad_etc", "get_trainable_params")
 # Methods of networks that watch their norms, and what the logs call their means.
 NORM_METHODS: Mapping[str, str] = {
@@ -37,7 +37,7 @@ class Models:
     text_encoders: tuple[nn.Module, ...]
     unet: nn.Module
     vae: nn.Module | None
-    targets: tuple[LoraTarget, ...]  # given to modules that ask for them, as ours does
+    targets: tuple[LoraTarget, ...]  # given to modules that ask for them, as ours do
 
     @property
     def text_encoder(self) -> Any:

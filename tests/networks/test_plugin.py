@@ -86,9 +86,10 @@ def test_our_own_module_gets_the_familys_targets(models):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("networks.dylore", r"Did you mean networks\.dylora\?"),
         ("networks.lorra", r"there is no such module\. Did you mean networks\.lora\?"),
         ("lycoris_kohya", r"Did you mean lycoris\.kohya\?"),
-        ("something.else.entirely", r"Known: networks\.lora, lycoris\.kohya"),
+        ("something.else.entirely", r"Known: networks\.lora, networks\.lora_fa, .*lycoris\.kohya"),
         ("", "is not a module name"),
         ("json", "has no create_network"),
     ],
