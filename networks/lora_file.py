@@ -1,0 +1,159 @@
+"""LoRA files for the commands: read whole and checked, written with what other tools look for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from library import metadata
+from library.errors import CheckpointError
+from library.options.metadata import MetadataOptions
+from networks import files
+from networks.files import ALPHA, DOWN, UP, StoredModule
+
+log = logging.getLogger(__name__)
+
+OTHER_MATHS = (".lora_mid.weight", ".dora_scale")  # names that mean that the update is not up @ down alone
+DYNAMIC = "Dynamic"
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file's content."""
+
+    path: Path
+    modules: Mapping[str, StoredModule]
+    metadata: Mapping[str, str]
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; nothing for other kinds of file.
+
+    Raises: CheckpointError for a damaged file.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(str(path), "pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}).") from None
+
+
+def open_lora(path: Path, dtype: torch.dtype = torch.float32) -> LoraFile:
+    """Return a LoRA file, its tensors rounded to dtype.
+
+    Raises: CheckpointError for a file that is no plain LoRA, or holds numbers that are none.
+    """
+    tensors = files.read(path)
+    other = [name for name in tensors if name.endswith(OTHER_MATHS)]
+    if other:
+        raise CheckpointError(f"{path}: {other[0]} shows another method than plain LoRA, which cannot be merged here.")
+    stored = files.modules_in(tensors, str(path))
+    known = {name + ending for name in stored for ending in (DOWN, UP, ALPHA)}
+    files.warn_of_names(path, "tensors that belong to no LoRA pair, left out", [n for n in tensors if n not in known])
+    modules = {}
+    for name, module in stored.items():
+        if not (module.down.isfinite().all() and module.up.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} holds numbers that are infinite or none at all (NaN).")
+        modules[name] = StoredModule(module.down.to(dtype), module.up.to(dtype), module.alpha)
+    return LoraFile(path, modules, header_of(path))
+
+
+def tensors_of(modules: Mapping[str, StoredModule]) -> dict[str, Tensor]:
+    """Return modules as the tensors of a file."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        tensors |= {name + DOWN: module.down, name + UP: module.up, name + ALPHA: torch.tensor(float(module.alpha))}
+    return tensors
+
+
+def write_lora(
+    path: Path, modules: Mapping[str, StoredModule], dtype: torch.dtype | None, header: Mapping[str, str]
+) -> None:
+    """Write a LoRA file, all or nothing, with the hashes of what is in it.
+
+    Raises: CheckpointError where it cannot be written, or the numbers do not fit the format.
+    """
+    tensors = tensors_of(modules)
+    for name, tensor in tensors.items():
+        if not tensor.to(dtype or tensor.dtype).isfinite().all():
+            raise CheckpointError(f"{path}: {name} does not fit the number format. Use --save_precision float or bf16.")
+    write_tensors(path, tensors, dtype, header)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, header: Mapping[str, str]
+) -> None:
+    """Write a LoRA file of any naming. Raises: CheckpointError where it cannot be written."""
+    try:
+        files.write(path, tensors, dtype, header)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error}).") from error
+    log.info("%s: written, %d tensors", path, len(tensors))
+
+
+def sizes(modules: Iterable[StoredModule]) -> dict[str, str]:
+    """Return ss_network_dim and ss_network_alpha: the one value there is, or the word Dynamic."""
+    found = list(modules)
+    ranks, alphas = {module.rank for module in found}, {round(module.alpha, 4) for module in found}
+    return {
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else DYNAMIC,
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else DYNAMIC,
+    }
+
+
+def merged_header(
+    modules: Mapping[str, StoredModule], sources: Sequence[LoraFile], path: Path, *, with_modelspec: bool
+) -> dict[str, str]:
+    """Return the metadata of a LoRA made from others.
+
+    Args:
+        modules: of the new file.
+        sources: ss_v2 and ss_base_model_version are those of the first that has them.
+        path: of the new file, its title.
+        with_modelspec: False: only what a reader needs.
+    """
+    header = {"ss_network_module": "networks.lora", **sizes(modules.values())}
+    for key in ("ss_v2", "ss_base_model_version"):
+        values = [source.metadata[key] for source in sources if key in source.metadata]
+        if len(set(values)) > 1:
+            log.warning("the files differ in %s (%s); the first is written", key, ", ".join(values))
+        header |= {key: values[0]} if values else {}
+    if not with_modelspec:
+        return header
+    default = "sd_v2" if header.get("ss_v2") == "True" else "sd_v1"
+    version = header.get("ss_base_model_version", default)
+    titles = merged_from([(source.path, source.metadata) for source in sources])
+    return header | modelspec_of(version, path, titles, is_lora=True)
+
+
+def merged_from(sources: Iterable[tuple[Path, Mapping[str, str]]]) -> str:
+    """Return the titles of files, or their names, separated by commas."""
+    return ", ".join(header.get("modelspec.title", path.stem) for path, header in sources)
+
+
+def modelspec_of(
+    version: str, path: Path, merged: str | None, *, is_lora: bool, prediction: str | None = None
+) -> dict[str, str]:
+    """Return the modelspec.* keys; none for a base model that they cannot describe.
+
+    Args:
+        version: ss_base_model_version.
+        path: of the new file, its title.
+        merged: what it was merged from.
+        is_lora: a LoRA, or a whole checkpoint.
+        prediction: "epsilon" or "v_prediction"; None: as version says.
+    """
+    if version not in metadata.ARCHITECTURES:
+        return {}
+    options = MetadataOptions(metadata_merged_from=merged)
+    says_v = version.endswith("_v")
+    prediction = prediction or ("v_prediction" if says_v else "epsilon")
+    return metadata.modelspec(options, version, path.stem, prediction_type=prediction, is_lora=is_lora)

@@ -1,0 +1,92 @@
+"""LoRA files for the tests of the merging commands, and what they add to a layer."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from library.cli import HANDLER
+from library.models.checkpoint import open_tensors
+from networks.checkpoint_places import places
+from networks.files import StoredModule, modules_in
+from networks.lora_file import tensors_of
+
+MERGE_DATA = Path(__file__).resolve().parent / "data" / "merge"
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Take back the messages that a command sends to the terminal; for every file of tests that runs one."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    for handler in [each for each in root.handlers if each.name == HANDLER]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
+def error_line(err: str) -> str:
+    """Return the one line on the standard error, log messages apart, that a user's error ends with."""
+    (line,) = [line for line in err.splitlines() if " INFO " not in line]
+    assert line.startswith("error: ")
+    return line
+
+
+def reference_file(name: str) -> Path:
+    """Return a file of the data that the reference implementation read or wrote."""
+    return MERGE_DATA / f"{name}.safetensors"
+
+
+def delta(module: StoredModule) -> Tensor:
+    """Return what a module adds to its layer, (out, in * k * k) float64."""
+    product = module.up.double().flatten(1) @ module.down.double().flatten(1)
+    return product * (module.alpha / module.down.shape[0])
+
+
+def deltas(path: Path) -> dict[str, Tensor]:
+    """Return what a LoRA file adds to each layer."""
+    return {name: delta(module) for name, module in modules_in(load_file(path), str(path)).items()}
+
+
+def linear_sum(paths: Iterable[Path], ratios: Iterable[float]) -> dict[str, Tensor]:
+    """Return the sum of ratio * delta over files: what a merge should be."""
+    total: dict[str, Tensor] = {}
+    for path, ratio in zip(paths, ratios, strict=True):
+        for name, tensor in deltas(path).items():
+            total[name] = total.get(name, torch.zeros_like(tensor)) + ratio * tensor
+    return total
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file."""
+    with safe_open(path, "pt") as opened:
+        return opened.metadata() or {}
+
+
+def write_random(
+    path: Path, checkpoint: Path, *, v2: bool = False, conv: bool = False, rank: int = 2, seed: int = 0
+) -> Path:
+    """Write a LoRA with random numbers for every layer of a checkpoint that a LoRA can adapt; return path."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, place in places(open_tensors(checkpoint), v2).items():
+        if place.kind == "resnet" and not conv:
+            continue
+        up_shape = (place.shape[0], rank, 1, 1) if len(place.inner) == 3 else (place.shape[0], rank)
+        down = torch.randn(rank, *place.inner, generator=generator) * 0.1
+        modules[name] = StoredModule(down, torch.randn(up_shape, generator=generator) * 0.1, 1.0)
+    version = "sd_v2" if v2 else "sd_v1"
+    save_file(tensors_of(modules), path, {"ss_v2": str(v2), "ss_base_model_version": version})
+    return path
+
+
+def worst_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """Return the largest relative error, in the Frobenius norm, over modules of the same names."""
+    assert found.keys() == wanted.keys()
+    return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)

@@ -1,0 +1,161 @@
+"""A LoRA from the difference of two models."""
+
+import pytest
+import torch
+from lora_samples import (
+    deltas,
+    error_line,
+    metadata_of,
+    own_logging,  # noqa: F401
+    worst_error,
+    write_random,
+)
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_sd15, tiny_sd21
+
+from library.metadata import hashes
+from library.models.checkpoint import open_tensors
+from networks import extract_lora_from_models, merge_lora
+from networks.checkpoint_places import places
+
+MODELS = {False: tiny_sd15, True: tiny_sd21}
+
+
+def extract(original, tuned, out, *more):
+    argv = ["--model_org", original, "--model_tuned", tuned, "--save_to", out, *more]
+    assert extract_lora_from_models.main([str(each) for each in argv]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A tiny model with a random LoRA of rank 2 merged into it, convolutions included, for each version."""
+    folder, made = tmp_path_factory.mktemp("tuned"), {}
+
+    def make(v2: bool = False):
+        if v2 not in made:
+            model = MODELS[v2]()
+            file = write_random(folder / f"lora{v2}.safetensors", model, v2=v2, conv=True)
+            out = folder / f"model{v2}.safetensors"
+            argv = ["--sd_model", model, "--models", file, "--ratios", "1", "--save_to", out, *(["--v2"] if v2 else [])]
+            assert merge_lora.main([str(each) for each in argv]) == 0
+            made[v2] = (file, out)
+        return made[v2]
+
+    return make
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_a_lora_that_was_merged_is_found_again(tmp_path, tuned, v2):
+    file, model = tuned(v2)
+    more = ["--dim", 2, "--conv_dim", 2, *(["--v2"] if v2 else [])]
+    out = extract(MODELS[v2](), model, tmp_path / "x.safetensors", *more)
+    assert worst_error(deltas(out), deltas(file)) < 1e-3
+    found, wanted = load_file(out), load_file(file)
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: tensor.shape for n, tensor in wanted.items()}
+    assert {tensor.item() for name, tensor in found.items() if name.endswith(".alpha")} == {2.0}
+
+
+def test_without_conv_dim_resnets_are_left_out(tmp_path, tuned):
+    names = deltas(extract(tiny_sd15(), tuned()[1], tmp_path / "x.safetensors"))
+    assert len(names) == 264
+    assert not [name for name in names if "resnets" in name or "samplers" in name]
+
+
+def test_a_smaller_rank_keeps_the_best_part(tmp_path, tuned):
+    file, model = tuned()
+    found = deltas(extract(tiny_sd15(), model, tmp_path / "x.safetensors", "--dim", 1))
+    wanted = deltas(file)
+    for name, tensor in found.items():
+        best = torch.linalg.svdvals(wanted[name])[1:].norm().item()
+        assert (tensor - wanted[name]).norm().item() == pytest.approx(best, rel=1e-3)
+
+
+def test_clamping_is_off_by_default_and_moves_away_from_the_best(tmp_path, tuned):
+    file, model = tuned()
+    wanted = deltas(file)
+    names = [name for name in wanted if "resnets" not in name and "samplers" not in name]
+    wanted = {name: wanted[name] for name in names}
+    plain = deltas(extract(tiny_sd15(), model, tmp_path / "x.safetensors", "--dim", 2))
+    clamped_file = extract(tiny_sd15(), model, tmp_path / "y.safetensors", "--dim", 2, "--clamp_quantile", 0.9)
+    assert worst_error(plain, wanted) < 1e-3
+    assert worst_error(deltas(clamped_file), wanted) > 0.02
+    tensors = load_file(clamped_file)
+    pair = [tensors[f"{names[0]}.{side}.weight"].abs().flatten() for side in ("lora_down", "lora_up")]
+    values = torch.cat(pair)
+    assert (values == values.max()).sum() >= 0.09 * len(values)  # all that was beyond lies on the limit
+
+
+@pytest.mark.parametrize(("min_diff", "has_text"), [(0.0005, True), (0.01, False)])
+def test_a_text_encoder_that_hardly_differs_is_left_out(tmp_path, tuned, min_diff, has_text):
+    tensors = load_file(tuned()[1])
+    base = load_file(tiny_sd15())
+    for place in places(open_tensors(tiny_sd15()), False).values():
+        if place.kind == "text_encoder":
+            tensors[place.key] = base[place.key] + 0.001
+    model = tmp_path / "model.safetensors"
+    save_file(tensors, model)
+    names = deltas(extract(tiny_sd15(), model, tmp_path / "x.safetensors", "--min_diff", min_diff))
+    assert any(name.startswith("lora_te_") for name in names) == has_text
+    assert any(name.startswith("lora_unet_") for name in names)
+
+
+def test_precisions_of_reading_and_writing_are_those_asked_for(tmp_path, tuned):
+    """A difference that fp16 cannot show is none."""
+    base = load_file(tiny_sd15())
+    place = places(open_tensors(tiny_sd15()), False)["lora_unet_mid_block_attentions_0_proj_in"]
+    model = tmp_path / "model.safetensors"
+    save_file({**base, place.key: base[place.key] * (1 + 1e-6)}, model)
+    out = tmp_path / "x.safetensors"
+    written = load_file(extract(tiny_sd15(), model, out, "--save_precision", "bf16"))
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    argv = ["--model_org", str(tiny_sd15()), "--model_tuned", str(model), "--save_to", str(out)]
+    assert extract_lora_from_models.main([*argv, "--load_precision", "bf16"]) == 2
+
+
+def test_the_metadata_say_what_the_file_is(tmp_path, tuned):
+    more = ["--dim", 2, "--conv_dim", 1, "--v2", "--v_parameterization"]
+    out = extract(tiny_sd21(), tuned(True)[1], tmp_path / "x.safetensors", *more)
+    written = metadata_of(out)
+    assert written["ss_v2"] == "True"
+    assert written["ss_base_model_version"] == "sd_v2_v"
+    assert written["ss_network_module"] == "networks.lora"
+    assert written["ss_network_dim"] == "Dynamic"
+    assert written["ss_network_args"] == '{"conv_dim": 1, "conv_alpha": 1.0}'
+    assert written["modelspec.title"] == "x"
+    assert written["modelspec.prediction_type"] == "v"
+    own = {key: value for key, value in written.items() if not key.startswith("sshs_")}
+    assert (written["sshs_model_hash"], written["sshs_legacy_hash"]) == hashes(load_file(out), own)
+    bare = metadata_of(extract(tiny_sd21(), tuned(True)[1], tmp_path / "y.safetensors", *more, "--no_metadata"))
+    assert not [key for key in bare if key.startswith("modelspec.")]
+
+
+@pytest.mark.parametrize("case", ["equal", "version", "sdxl flag", "missing", "no tuned", "structure", "nan", "range"])
+def test_wrong_input_ends_in_one_line(capsys, tmp_path, case):
+    broken = tmp_path / "broken.safetensors"
+    tensors = load_file(tiny_sd15())
+    place = places(open_tensors(tiny_sd15()), False)["lora_unet_mid_block_attentions_0_proj_in"]
+    if case == "nan":
+        tensors[place.key] = tensors[place.key] * torch.nan
+    elif case == "structure":
+        del tensors[place.key]
+    save_file(tensors, broken)
+    tuned_argv = (
+        [] if case == "no tuned" else ["--model_tuned", str(tmp_path / "no.ckpt" if case == "missing" else broken)]
+    )
+    more = {"version": ["--v2"], "sdxl flag": ["--sdxl"], "range": ["--clamp_quantile", "1.5"]}.get(case, [])
+    out = tmp_path / "x.safetensors"
+    argv = ["--model_org", str(tiny_sd15()), *tuned_argv, "--save_to", str(out), *more]
+    assert extract_lora_from_models.main(argv) == 2
+    said = {
+        "equal": "nothing to extract",
+        "version": "Leave out --v2",
+        "sdxl flag": "--sdxl cannot be used: SDXL models",
+        "missing": "there is no file",
+        "no tuned": "--model_tuned is missing",
+        "structure": "differ in structure",
+        "nan": "is not a number everywhere",
+        "range": "--clamp_quantile must be above 0 and at most 1",
+    }
+    assert said[case] in error_line(capsys.readouterr().err)
+    assert not out.exists()

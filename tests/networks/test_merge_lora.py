@@ -1,0 +1,211 @@
+"""LoRA files merged with each other: linear in the ratios, whatever their ranks and alphas."""
+
+import pytest
+import torch
+from lora_samples import (
+    deltas,
+    error_line,
+    linear_sum,
+    metadata_of,
+    own_logging,  # noqa: F401
+    reference_file,
+    worst_error,
+    write_random,
+)
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_sd15
+
+from library.metadata import hashes
+from networks import merge_lora
+
+PAIRS = [
+    (("in_a", "in_b"), (1.0, 1.0)),
+    (("in_a", "in_b"), (0.5, 0.5)),
+    (("in_a", "in_b"), (0.7, -0.3)),
+    (("in_a", "in_c"), (1.0, 1.0)),  # ranks 4 and 2
+    (("in_a", "in_d"), (1.0, 1.0)),  # the second has no alpha
+    (("in_xa", "in_xb"), (0.6, 0.4)),  # of SDXL
+]
+
+
+def merge(tmp_path, names, ratios, *more, name="out.safetensors"):
+    out = tmp_path / name
+    argv = ["--models", *map(str, map(reference_file, names)), "--ratios", *map(str, ratios), "--save_to", str(out)]
+    assert merge_lora.main([*argv, *more]) == 0
+    return out
+
+
+def refusal(capsys, *argv) -> str:
+    """Return the one line that a command with a user's error ends with."""
+    assert merge_lora.main([str(each) for each in argv]) == 2
+    return error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("names", "ratios"), PAIRS)
+def test_concat_is_exactly_the_sum_of_the_parts(tmp_path, names, ratios):
+    out = merge(tmp_path, names, ratios, "--concat")
+    assert worst_error(deltas(out), linear_sum(map(reference_file, names), ratios)) < 1e-6
+
+
+def test_concat_adds_the_ranks_up_and_scales_alpha_with_them(tmp_path):
+    """The reference keeps alpha while the rank grows, and so comes out at half strength."""
+    out, reference = merge(tmp_path, ("in_a", "in_b"), (1, 1), "--concat"), reference_file("out_concat_ab_1_1")
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    ours, theirs = load_file(out), load_file(reference)
+    assert ours[f"{name}.lora_down.weight"].shape == theirs[f"{name}.lora_down.weight"].shape == (8, 8)
+    assert (ours[f"{name}.alpha"].item(), theirs[f"{name}.alpha"].item()) == (8, 4)
+    half = {key: value / 2 for key, value in linear_sum(map(reference_file, ("in_a", "in_b")), (1, 1)).items()}
+    assert worst_error(deltas(reference), half) < 1e-5
+
+
+def test_one_file_at_ratio_1_comes_out_as_it_went_in(tmp_path):
+    out, reference = load_file(merge(tmp_path, ("in_a",), (1,))), load_file(reference_file("out_add_a_1"))
+    assert out.keys() == reference.keys()
+    assert all(torch.equal(out[name], reference[name]) for name in reference)
+
+
+def test_one_file_at_half_ratio_has_half_the_effect(tmp_path):
+    """The reference gives a quarter: it puts the ratio on both factors."""
+    whole, out = deltas(reference_file("in_a")), deltas(merge(tmp_path, ("in_a",), (0.5,)))
+    theirs = deltas(reference_file("out_add_a_0.5"))
+    assert worst_error(out, {name: value / 2 for name, value in whole.items()}) < 1e-6
+    assert worst_error(theirs, {name: value / 4 for name, value in whole.items()}) < 1e-5
+
+
+@pytest.mark.parametrize(("names", "ratios"), PAIRS)
+def test_without_concat_the_sum_is_the_best_one_of_the_largest_rank(tmp_path, names, ratios):
+    found = deltas(merge(tmp_path, names, ratios))
+    out = load_file(tmp_path / "out.safetensors")
+    inputs = [load_file(reference_file(name)) for name in names]
+    for name, wanted in linear_sum(map(reference_file, names), ratios).items():
+        down = f"{name}.lora_down.weight"
+        rank = max(each[down].shape[0] for each in inputs if down in each)
+        assert out[down].shape[0] == rank
+        beyond = torch.linalg.svdvals(wanted)[rank:].norm().item()  # Eckart-Young: no matrix of that rank is nearer
+        assert (found[name] - wanted).norm().item() == pytest.approx(beyond, abs=1e-5)
+
+
+def test_what_a_kept_rank_leaves_out_is_said(tmp_path, caplog):
+    merge(tmp_path, ("in_a", "in_b"), (1, 1))
+    (warning,) = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
+    assert "--concat gives the exact sum" in warning
+
+
+def test_shuffling_moves_ranks_and_changes_nothing_in_the_sum(tmp_path):
+    plain = merge(tmp_path, ("in_a", "in_b"), (1, 1), "--concat")
+    mixed = merge(tmp_path, ("in_a", "in_b"), (1, 1), "--concat", "--shuffle", name="mixed.safetensors")
+    name = "lora_unet_mid_block_resnets_0_conv1.lora_down.weight"
+    one, other = load_file(plain)[name], load_file(mixed)[name]
+    assert not torch.equal(one, other)
+    assert sorted(row.sum().item() for row in one) == sorted(row.sum().item() for row in other)
+    assert worst_error(deltas(mixed), deltas(plain)) < 1e-6
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.002)])
+def test_every_precision_works(tmp_path, precision, tolerance):
+    names = ("in_a", "in_e_fp16")
+    out = merge(tmp_path, names, (1, 1), "--concat", "--precision", precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert {tensor.dtype for tensor in load_file(out).values()} == {dtype}
+    assert worst_error(deltas(out), linear_sum(map(reference_file, names), (1, 1))) < tolerance
+
+
+def test_the_file_is_written_in_save_precision(tmp_path):
+    out = merge(tmp_path, ("in_a",), (1,), "--save_precision", "bf16")
+    assert {tensor.dtype for tensor in load_file(out).values()} == {torch.bfloat16}
+
+
+def test_the_hashes_are_those_of_the_tensors_in_the_file(tmp_path):
+    out = merge(tmp_path, ("in_a", "in_b"), (1, 1), "--save_precision", "fp16")
+    written = metadata_of(out)
+    own = {key: value for key, value in written.items() if not key.startswith("sshs_")}
+    assert (written["sshs_model_hash"], written["sshs_legacy_hash"]) == hashes(load_file(out), own)
+
+
+def test_the_metadata_describe_the_result(tmp_path):
+    written = metadata_of(merge(tmp_path, ("in_xa", "in_xb"), (1, 1)))
+    assert written["ss_network_module"] == "networks.lora"
+    assert written["ss_network_dim"] == "4"
+    assert written["ss_network_alpha"] == "Dynamic"  # 4 and 2: some modules are in one file only
+    assert written["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert written["ss_v2"] == "False"
+    assert written["modelspec.title"] == "out"
+    assert written["modelspec.merged_from"] == "in_xa, in_xb"
+    assert written["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+
+
+def test_no_metadata_leaves_what_a_reader_needs(tmp_path):
+    written = metadata_of(merge(tmp_path, ("in_a", "in_b"), (1, 1), "--no_metadata"))
+    assert not [key for key in written if key.startswith("modelspec.")]
+    assert written["ss_base_model_version"] == "sd_v1"
+
+
+def test_torchs_own_format_can_be_written(tmp_path):
+    out = merge(tmp_path, ("in_a",), (1,), name="out.pt")
+    assert torch.load(out, weights_only=True).keys() == load_file(reference_file("in_a")).keys()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--ratios", "1", "2", "--save_to", "x.safetensors"], "--ratios has 2 numbers for 1 --models"),
+        (["--save_to", "x.safetensors"], "--ratios has 0 numbers"),
+        (["--ratios", "1"], "--save_to is missing"),
+        (["--ratios", "1", "--save_to", "x.onnx"], "the ending must be one of .safetensors"),
+        (["--ratios", "one", "--save_to", "x.safetensors"], "--ratios must be a number"),
+        (["--ratios", "1", "--save_too", "x"], "Did you mean --save_to?"),
+        (["--ratios", "1", "--save_to", "x.safetensors", "--precision", "fp61"], "Did you mean fp16?"),
+        (["--ratios", "1", "--save_to", "x.safetensors", "--sd_model", "m.ckpt"], "there is no file m.ckpt"),
+        (["--ratios", "1", "--save_to", "x.safetensors", "--sd_model", "m.ckpt", "--concat"], "--concat is for"),
+    ],
+)
+def test_wrong_options_end_in_one_line(capsys, more, said):
+    assert said in refusal(capsys, "--models", reference_file("in_a"), *more)
+
+
+def test_a_missing_file_ends_in_one_line(capsys, tmp_path):
+    said = refusal(capsys, "--models", tmp_path / "no.safetensors", "--ratios", 1, "--save_to", tmp_path / "x.pt")
+    assert "there is no file" in said
+
+
+def test_files_for_different_models_are_refused_and_nothing_is_written(capsys, tmp_path):
+    other, out = tmp_path / "other.safetensors", tmp_path / "x.safetensors"
+    tensors = load_file(reference_file("in_a"))
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+    save_file({**tensors, name: torch.zeros(4, 12)}, other)
+    said = refusal(capsys, "--models", reference_file("in_a"), other, "--ratios", 1, 1, "--save_to", out)
+    assert "6 x 12" in said
+    assert "6 x 8" in said
+    assert sorted(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.parametrize("broken", ["nan", "dora", "cut"])
+def test_a_file_that_cannot_be_merged_is_refused(capsys, tmp_path, broken):
+    path = tmp_path / "broken.safetensors"
+    tensors = load_file(reference_file("in_a"))
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    if broken == "nan":
+        tensors[f"{name}.lora_up.weight"][0, 0] = torch.nan
+    elif broken == "dora":
+        tensors[f"{name}.dora_scale"] = torch.ones(6)
+    save_file(tensors, path)
+    if broken == "cut":
+        path.write_bytes(path.read_bytes()[:900])
+    said = refusal(capsys, "--models", path, "--ratios", 1, "--save_to", tmp_path / "x.safetensors")
+    wanted = {"nan": "(NaN)", "dora": "another method than plain LoRA", "cut": "cannot be read"}
+    assert wanted[broken] in said
+    assert str(path) in said
+
+
+def test_a_sum_too_large_for_the_number_format_is_refused(capsys, tmp_path):
+    out = tmp_path / "x.safetensors"
+    argv = ["--models", reference_file("in_a"), "--ratios", 1e12, "--save_to", out, "--save_precision", "fp16"]
+    assert "--save_precision float" in refusal(capsys, *argv)
+    assert not out.exists()
+
+
+def test_a_file_with_every_name_of_a_model_is_merged(tmp_path):
+    source = write_random(tmp_path / "a.safetensors", tiny_sd15(), conv=True)
+    out = tmp_path / "out.safetensors"
+    assert merge_lora.main(["--models", str(source), str(source), "--ratios", "1", "-0.25", "--save_to", str(out)]) == 0
+    assert worst_error(deltas(out), linear_sum((source,), (0.75,))) < 1e-5
