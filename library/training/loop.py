@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.errors import DataError
 from library.progress import progress
 from library.training import draws, interrupts, optimizers, schedules
 from library.training.metrics import LossHistory, LossReader, LossRecord, StepLosses
@@ -91,7 +92,11 @@ def train(run: Run) -> bool:
     run.trainee.train()
     run.history.begin()
     with interrupts.deferred() as stop:
-        last = train_steps(run, stop)
+        try:
+            last = train_steps(run, stop)
+        except DataError:  # a picture was deleted meanwhile, a drive is gone: what was learnt is kept
+            save_what_is_done(run)
+            raise
         report(run, run.reader.drain())
         is_complete = not run.is_stop_wanted or last.step == run.max_train_steps
         with evaluating(run):
@@ -104,6 +109,16 @@ def train(run: Run) -> bool:
         else:
             run.states.save_interrupted(last.step, last.epoch)
     return is_complete
+
+
+def save_what_is_done(run: Run) -> None:
+    """Save a run that cannot go on as Ctrl-C would, if it has done a step."""
+    report(run, run.reader.drain())
+    if run.history.num_timed:
+        last = run.history.records[-1]
+        with evaluating(run):
+            run.saver.save_interrupted(last.step, last.epoch)
+        run.states.save_interrupted(last.step, last.epoch)
 
 
 def train_steps(run: Run, stop: interrupts.StopRequest) -> Place:

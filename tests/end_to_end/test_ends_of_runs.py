@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from end_to_end.training_runs import (
@@ -57,6 +58,27 @@ def test_nothing_is_saved_after_a_loss_that_is_no_number(family: Family, config,
     assert family.run(*arguments(family, tmp_path, config, *more)) == 2
     assert "error: step 2: the loss is not a finite number" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora-step00000001.safetensors"]
+
+
+# ---- a picture that fails on the way -------------------------------------------------------------------------------
+
+
+def test_what_was_learnt_before_a_picture_failed_is_saved(family: Family, tmp_path, capsys):
+    """Damage in the middle of a file shows when it is decoded, here at its first draw of an epoch."""
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        path = save(tmp_path / "images", f"i{number}", pixels, "a cat")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    config = write_toml(tmp_path / "d.toml", subset(tmp_path / "images"), batch_size=1)
+    argv = arguments(family, tmp_path, config, "--max_train_steps", 4, "--save_state", seed=3)
+    assert family.run(*argv) == 2
+    assert "i3.png" in capsys.readouterr().err.splitlines()[-1]
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert file.name.startswith("lora-step0000000")
+    assert int(metadata_of(file)["ss_steps"]) in {1, 2, 3}
+    assert (tmp_path / "out" / f"{file.stem}-state").is_dir()
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------
