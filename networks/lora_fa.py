@@ -27,7 +27,7 @@ class LoraFaLayer(LoraLayer):
         """Make a layer that changes nothing yet; see `LoraLayer`."""
         super().__init__(target, rank, alpha, dropout, multiplier)
         down = self.lora_down.weight
-        nn.init.normal_(down, std=math.sqrt(2 / (down[0].numel() + rank)))  # as sd-scripts; down[0]: inputs of a rank
+        nn.init.normal_(down, std=math.sqrt(2 / (down.shape[1] + rank)))  # as sd-scripts: channels, whatever the kernel
         down.requires_grad_(False)
 
     @property

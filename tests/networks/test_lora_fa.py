@@ -30,9 +30,9 @@ def test_a_new_network_changes_nothing(small):
         assert torch.equal(small(x), plain)
 
 
-def test_down_starts_normal_with_the_variance_of_its_inputs_and_ranks(target):
+def test_down_starts_normal_with_the_variance_of_its_channels_and_ranks(target):
     torch.manual_seed(0)
-    for base, num_inputs in ((nn.Linear(320, 64), 320), (nn.Conv2d(64, 64, 3), 576)):
+    for base, num_inputs in ((nn.Linear(320, 64), 320), (nn.Conv2d(64, 64, 3), 64)):
         down = lora_fa.LoraFaLayer(target(base), 64, 1.0, Dropout()).lora_down.weight
         assert float(down.std()) == pytest.approx((2 / (num_inputs + 64)) ** 0.5, rel=0.03)
         assert float(down.abs().max() / down.std()) > 3  # not uniform
