@@ -229,6 +229,9 @@ def _merge_base_weights(module: ModuleType, options: NetworkOptions, models: plu
     multipliers = list(options.base_weights_multiplier or ())
     for index, file in enumerate(options.base_weights or ()):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
-        network, tensors = plugin.create_from_weights(module, models, file, {}, multiplier, for_inference=True)
+        # What it draws to begin with is not used, and must not shift the draws of the network that is trained: so
+        # training on --base_weights and on a model that they were merged into is the same.
+        with torch.random.fork_rng(devices=[]):
+            network, tensors = plugin.create_from_weights(module, models, file, {}, multiplier, for_inference=True)
         plugin.merge(network, models, tensors, None)
         log.info("merged %s into the base model, times %g", file, multiplier)
