@@ -11,9 +11,17 @@ from library.options import read_training
 from library.options.captions import CaptionOptions
 from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG
 from library.options.dataset import DatasetOptions
+from library.options.declare import declared
 from library.options.groups import all_declared
 from library.options.masks import MaskOptions
 from library.options.reference import GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED
+from networks import (
+    command_line,
+    extract_lora_from_models,
+    merge_lora,
+    resize_lora,
+    svd_merge_lora,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -22,6 +30,12 @@ TOOL_FLAGS = {"torch-index", "json", "masks", "contact_sheet", "help"}  # of qui
 FOREIGN_FLAGS = {"extra-index-url", "num_cpu_threads_per_process"}  # of pip and accelerate
 PLACEHOLDERS = {"name"}
 PROMPT_FLAGS = {"w", "h", "d", "s", "l", "n", "ss"}  # in prompt files
+COMMANDS = {  # of networks/ -> what declares their options
+    "merge_lora.py": merge_lora.MergeOptions,
+    "svd_merge_lora.py": svd_merge_lora.SvdMergeOptions,
+    "extract_lora_from_models.py": extract_lora_from_models.ExtractOptions,
+    "resize_lora.py": resize_lora.ResizeOptions,
+}
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 
 
@@ -42,6 +56,7 @@ def has_heading(page: Path, fragment: str) -> bool:
 def known_options() -> set[str]:
     """Return the name of every option of training, those that are refused or ignored included."""
     names = set(all_declared()) | {each.name for each in (*REFUSED, *IGNORED, *GRANTED)} | set(OTHER_SCRIPTS)
+    names |= {each.name for group in COMMANDS.values() for each in declared(group)}
     return names | {CONFIG_FILE.name, OUTPUT_CONFIG.name}
 
 
@@ -115,6 +130,30 @@ def test_every_training_command_that_is_shown_is_understood(place, arguments):
     read = read_training(shlex.split(arguments), "train_network")
     assert read.options.masks.masked_loss
     assert not read.warnings
+
+
+def network_commands() -> list[tuple[str, str, str]]:
+    """Return (place, command, arguments) of every command of networks/ that a page shows."""
+    found = []
+    for page in PAGES:
+        for _, body in CODE_BLOCK.findall(page.read_text("utf-8")):
+            lines = body.replace("\\\n", " ").splitlines()
+            said = [re.match(r"python networks/(\w+\.py) (.*)", line) for line in lines]
+            found += [(name_of(page), match[1], match[2]) for match in said if match]
+    return found
+
+
+@pytest.mark.parametrize(("place", "command", "arguments"), network_commands())
+def test_every_command_of_networks_that_is_shown_is_understood(place, command, arguments):
+    group = COMMANDS[command]
+    options = command_line.read(shlex.split(arguments), prog=command, description="", group=group)
+    assert options.save_to
+
+
+def test_every_option_of_the_commands_of_networks_is_described():
+    text = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    names = {each.name for group in COMMANDS.values() for each in declared(group)}
+    assert not [name for name in names if f"--{name}" not in text]
 
 
 def test_every_key_of_a_data_set_config_is_described():
