@@ -48,7 +48,7 @@ class Checked:
     tracker_names: tuple[str, ...]
     data: Data
     prompts: tuple[SamplePrompt, ...]  # of the previews; none where none are wanted
-    resumed: Resumed | None  # None: a run from its start
+    resumed: Resumed | None = None  # None: a run from its start
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Setting:
     accelerator: Accelerator
     plan: RunPlan
     max_train_steps: int
-    steps_done: int  # before this run: of a resumed one, or --initial_step
     started_at: float  # s since 1970
+    steps_done: int = 0  # before this run: of a resumed one, or --initial_step
 
 
 def load(setting: Setting) -> tuple[Parts, LatentStore | None]:

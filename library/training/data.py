@@ -125,7 +125,7 @@ def load(
     store: LatentStore | None,
     family: ModelFamily,
     max_train_steps: int,
-    steps_done: int,
+    steps_done: int = 0,
 ) -> BatchLoader:
     """Return the endless batches of this process, from the first one after steps_done."""
     settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight)

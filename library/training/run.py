@@ -72,7 +72,7 @@ def train(options: Options, family: ModelFamily) -> None:
         samples = checked.data.samples
         state.tell_changes(resumed.manifest, state.deciding_values(options), state.fingerprint(samples), len(samples))
         log.info("resuming %s after step %d", resumed.folder, steps_done)
-    setting = Setting(options, family, checked, accelerator, plan, max_train_steps, steps_done, started_at)
+    setting = Setting(options, family, checked, accelerator, plan, max_train_steps, started_at, steps_done)
     hashes = None
     if accelerator.is_main_process:  # the only one that saves
         hashes = Hashes.start(options.model.pretrained_model_name_or_path or "", options.model.vae)
