@@ -1,0 +1,42 @@
+"""The commands for LoRA files are a contract: sd-scripts' options keep their names, kinds and defaults here."""
+
+from typing import Any
+
+import pytest
+
+from library.options.declare import declared
+from networks import check_lora_weights, extract_lora_from_models, merge_lora, resize_lora, svd_merge_lora
+
+PRECISIONS = {"precision": "float", "save_precision": None, "no_metadata": False}
+REFERENCE: dict[type, dict[str, Any]] = {
+    merge_lora.MergeOptions: {
+        **PRECISIONS, "v2": False, "sd_model": None, "save_to": None, "models": None, "ratios": None, "concat": False,
+        "shuffle": False,
+    },
+    svd_merge_lora.SvdMergeOptions: {
+        **PRECISIONS, "save_to": None, "models": None, "ratios": None, "lbws": None, "new_rank": 4,
+        "new_conv_rank": None, "device": None,
+    },
+    extract_lora_from_models.ExtractOptions: {
+        "v2": False, "v_parameterization": False, "load_precision": None, "save_precision": None, "model_org": None,
+        "model_tuned": None, "save_to": None, "dim": 4, "conv_dim": None, "device": None, "clamp_quantile": 0.99,
+        "min_diff": 0.01, "no_metadata": False,
+    },
+    resize_lora.ResizeOptions: {
+        "save_precision": None, "new_rank": 4, "new_conv_rank": None, "save_to": None, "model": None, "device": None,
+        "verbose": False, "dynamic_method": None, "dynamic_param": None,
+    },
+    check_lora_weights.CheckOptions: {"file": None, "show_all_keys": False},
+}  # fmt: skip
+ON_PURPOSE = {"clamp_quantile": 1.0}  # 0.99 moves the result away from the best one
+
+
+@pytest.mark.parametrize("group", REFERENCE, ids=lambda group: group.__name__)
+def test_options_and_defaults_are_those_of_the_reference(group):
+    wanted = {name: ON_PURPOSE.get(name, default) for name, default in REFERENCE[group].items()}
+    assert {each.name: each.default for each in declared(group)} == wanted
+
+
+def test_several_files_and_numbers_may_follow_one_option():
+    lists = {each.name for group in REFERENCE for each in declared(group) if each.is_list}
+    assert lists == {"models", "ratios", "lbws"}
