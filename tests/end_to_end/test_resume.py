@@ -2,12 +2,24 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from end_to_end.training_runs import Trained, differing, save, subset, tensors_of, write_toml
+from end_to_end.training_runs import (
+    Trained,
+    arguments,
+    differing,
+    environment,
+    save,
+    subset,
+    tensors_of,
+    write_toml,
+)
 
 
 @pytest.fixture
@@ -146,3 +158,32 @@ def test_a_state_holds_the_weights_as_trained_not_as_saved(train, config):
     run = train(config, "--max_train_steps", 2, "--save_state", "--save_precision", "fp16")
     stored = tensors_of(run.folder / "out" / "lora-state" / "network.safetensors")
     assert {str(tensor.dtype) for name, tensor in stored.items() if "lora_up" in name} == {"torch.float32"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(train, family, config, tmp_path, kills):
+    steps = ("--max_train_steps", 10 * kills, "--save_every_n_steps", 1, "--save_last_n_steps", 2, "--save_state")
+    whole = train(config, "--max_train_steps", 10 * kills, name="whole")
+    argv = arguments(family, tmp_path / "killed", config, *steps)
+    script = Path(__file__).with_name("killed_runs.py")
+    command = [
+        sys.executable,
+        script,
+        kills,
+        1,
+        3.0,
+        family.script,
+        family.place,
+        tmp_path / "killed" / "out",
+        "--",
+        *argv,
+    ]
+    done = subprocess.run(
+        [str(word) for word in command], env=environment(tmp_path), capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["ended 0"], done.stdout + done.stderr[-3000:]
+    begun = [int(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("killed")]
+    assert begun == sorted(begun), "a kill loses no state"
+    assert begun[-1] > 0, "some kills came after a state was saved"
+    assert not differing(whole.tensors, Trained(tmp_path / "killed", tuple(argv)).tensors)
