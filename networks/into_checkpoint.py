@@ -71,10 +71,17 @@ def _check_shape(origin: Path, name: str, module: StoredModule, place: Place) ->
 
 def added(tensor: Tensor, additions: Sequence[Addition]) -> Tensor:
     """Return a checkpoint's tensor with the additions, computed in float32, in float32."""
-    total = tensor.float().clone()
+    total = tensor.float()
+    is_own = False  # it may be the file's mapped pages, or the caller's
     for each in additions:
         part = each.place.part(total)
-        part.copy_(merging.merged(part, each.module.down, each.module.up, each.scale))
+        result = merging.merged(part, each.module.down, each.module.up, each.scale)
+        if each.place.third is None:
+            total = result
+        else:
+            total = total if is_own else total.clone()
+            each.place.part(total).copy_(result)
+        is_own = True
     return total
 
 
@@ -115,14 +122,14 @@ def merge(
         tensor = file.read(name)
         if not tensor.is_floating_point():
             return tensor
-        tensor = tensor.to(precisions.work)
-        if name in additions:
-            tensor = added(tensor, additions[name]).to(precisions.work)
-            if not tensor.isfinite().all():
-                raise CheckpointError(
-                    f"{model}: {name} does not fit the number format after merging. Use --precision float."
-                )
-        return tensor.to(precisions.saved)
+        if name not in additions:
+            return tensor.to(precisions.work).to(precisions.saved)
+        merged = added(tensor.to(precisions.work), additions[name]).to(precisions.work).to(precisions.saved)
+        if not all(limit.isfinite() for limit in torch.aminmax(merged)):  # NaN shows in both
+            raise CheckpointError(
+                f"{model}: {name} does not fit the number format after merging. Use float or bf16 for both precisions."
+            )
+        return merged
 
     if save_to.suffix == ".safetensors":
         header = header_for(model, loras, save_to, v2) if with_metadata else {}

@@ -23,7 +23,7 @@ PHOTOS, MASKS = ROOT / "examples" / "data" / "photos", ROOT / "examples" / "data
 SUBJECT = "cat"
 MODEL = Path("examples/embedded_model/made/tiny-sd.safetensors")
 OUTPUT = Path("output/difference_training")
-NUM_STEPS = 60
+NUM_STEPS = 20
 
 
 def prepare(output: Path) -> None:

@@ -205,3 +205,22 @@ def test_the_commands_run_as_files_from_anywhere(tmp_path, name):
     assert done.returncode == 0, done.stderr
     assert f"usage: {name}.py" in done.stdout
     assert "config_file" not in done.stdout
+
+
+def test_a_weight_that_does_not_fit_the_files_number_format_is_refused(capsys, tmp_path):
+    file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
+    out = tmp_path / "out.safetensors"
+    argv = ["--sd_model", tiny_sd15(), "--models", file, "--ratios", 1e9, "--save_to", out, "--save_precision", "fp16"]
+    assert "does not fit the number format" in refusal(capsys, *argv)
+    assert not out.exists()
+
+
+def test_the_sum_leaves_its_inputs_alone():
+    """The file's tensors are mapped, and three layers may lie in one of them."""
+    weight = torch.zeros(6, 2)
+    down, up = torch.ones(1, 2), torch.ones(2, 1)
+    module = modules_in({"x.lora_down.weight": down, "x.lora_up.weight": up}, "x")["x"]
+    places = [Place("k", (2, 2), "text_encoder", third) for third in (0, 2, 2)]
+    total = added(weight, [Addition(place, module, 1.0) for place in places])
+    assert total[:, 0].tolist() == [1, 1, 0, 0, 2, 2]
+    assert not weight.any()
