@@ -224,3 +224,13 @@ def test_the_sum_leaves_its_inputs_alone():
     total = added(weight, [Addition(place, module, 1.0) for place in places])
     assert total[:, 0].tolist() == [1, 1, 0, 0, 2, 2]
     assert not weight.any()
+
+
+@pytest.mark.parametrize("into_model", [True, False])
+@pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
+def test_a_place_that_cannot_be_written_to_ends_in_one_line(capsys, tmp_path, into_model, ending):
+    file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
+    out = file / f"out{ending}"  # a file where a folder is needed
+    model = ["--sd_model", tiny_sd15()] if into_model else []
+    said = refusal(capsys, *model, "--models", file, "--ratios", 1, "--save_to", out)
+    assert f"{out}: cannot be written" in said
