@@ -11,6 +11,7 @@ from typing import Any
 
 from library.errors import OptionError, UserError
 from library.options import read_training
+from library.options.checks import check_files
 from library.options.logging import LoggingOptions
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def main(script: str, family: str, argv: Sequence[str] | None = None) -> int:
         set_up_logging(read.options.logging)
         for warning in read.warnings:
             log.warning("%s", warning)
+        check_files(read.options)  # before imports that take seconds
         from library.training.run import train
 
         train(read.options, _class_at(family).from_options(read.options))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from library.errors import OptionError
 from library.options.groups import Options
+
+MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt")
 
 
 def check_options(options: Options) -> list[str]:
@@ -21,6 +24,30 @@ def check_options(options: Options) -> list[str]:
         *_idle_saving_options(options),
         *_idle_logging_options(options),
     ]
+
+
+def check_files(options: Options) -> None:
+    """Refuse names of files and folders that are not there, before anything slow is done.
+
+    A base model or VAE that does not look like a file may be the id of a model on the hub, so that it is not judged.
+
+    Raises: OptionError.
+    """
+    dataset, network, model = options.dataset, options.network, options.model
+    files: list[tuple[str, str | None]] = [
+        ("dataset_config", dataset.dataset_config),
+        ("sample_prompts", options.sampling.sample_prompts),
+        ("network_weights", network.network_weights),
+    ]
+    files += [("base_weights", place) for place in network.base_weights or ()]
+    models = (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("vae", model.vae))
+    files += [(name, place) for name, place in models if place and Path(place).suffix in MODEL_SUFFIXES]
+    for name, place in files:
+        if place is not None and not Path(place).exists():
+            raise OptionError(f"--{name}: there is no file {place}. Check the path.")
+    for name, place in (("train_data_dir", dataset.train_data_dir), ("reg_data_dir", dataset.reg_data_dir)):
+        if place is not None and not Path(place).is_dir():
+            raise OptionError(f"--{name}: there is no folder {place}. Check the path.")
 
 
 def _check_required(options: Options) -> None:

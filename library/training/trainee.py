@@ -157,11 +157,6 @@ def check(options: NetworkOptions) -> ModuleType:
     """
     if not options.network_module:
         raise OptionError("--network_module is missing. For a LoRA: --network_module networks.lora")
-    given = [("--network_weights", options.network_weights)] if options.network_weights else []
-    given += [("--base_weights", file) for file in options.base_weights or ()]
-    for option, file in given:
-        if not Path(file).is_file():
-            raise OptionError(f"{option}: there is no file {file}.")
     arguments = network_arguments(options.network_args)
     module = plugin.load(options.network_module)
     if not options.dim_from_weights:  # where a file gives the ranks, those of the options are not used

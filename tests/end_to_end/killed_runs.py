@@ -5,6 +5,7 @@
 Prints a line for each kill, the step that the next run goes on from, and at last the exit code of the run left alone.
 """
 
+import importlib
 import json
 import os
 import random
@@ -12,6 +13,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+IMPORTED_ONCE = (
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "torch.utils.tensorboard",
+    "transformers.models.clip.modeling_clip",
+    "library.cli",
+    "library.models.sd",
+    "library.training.run",
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -46,8 +57,8 @@ def main() -> int:
     """Kill, resume, and in the end let a run come to its end; return its exit code."""
     kills, seed, most_s, script, place, folder = sys.argv[1:7]
     arguments = sys.argv[8:]
-    import library.models.sd
-    import library.training.run  # noqa: F401 - the runs find them imported
+    for module in IMPORTED_ONCE:
+        importlib.import_module(module)
 
     chance = random.Random(seed)
     for _ in range(int(kills)):

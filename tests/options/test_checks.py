@@ -4,6 +4,7 @@ import pytest
 
 from library.errors import OptionError
 from library.options import read_training
+from library.options.checks import check_files
 
 NEEDED = {
     "pretrained_model_name_or_path": "model.safetensors",
@@ -112,3 +113,32 @@ def test_an_option_without_effect_is_warned_about_by_name(arguments: list[str], 
 )
 def test_options_that_belong_together_give_no_warning(arguments: list[str]):
     assert warnings_of(*arguments) == ()
+
+
+def check_with(tmp_path, **changed: object) -> None:
+    """Check the files of a run; those that it needs are there."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "model.safetensors").touch()
+    needed = {"pretrained_model_name_or_path": tmp_path / "model.safetensors", "train_data_dir": tmp_path / "images"}
+    argv = [f"--{name}={value}" for name, value in {**NEEDED, **needed, **changed}.items()]
+    check_files(read_training(argv, "train_network").options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("pretrained_model_name_or_path", "gone.safetensors", "file"),
+        ("vae", "gone.pt", "file"),
+        ("dataset_config", "gone.toml", "file"),
+        ("network_weights", "gone", "file"),
+        ("base_weights", "gone", "file"),
+        ("train_data_dir", "gone", "folder"),
+    ],
+)
+def test_a_file_or_folder_that_is_not_there_is_named(tmp_path, name: str, value: str, kind: str):
+    with pytest.raises(OptionError, match=rf"^--{name}: there is no {kind} {value}. Check the path\.$"):
+        check_with(tmp_path, **{name: value})
+
+
+def test_a_model_that_may_be_on_the_hub_is_not_judged(tmp_path):
+    check_with(tmp_path, pretrained_model_name_or_path="owner/stable-diffusion-v1-5")

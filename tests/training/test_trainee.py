@@ -49,12 +49,6 @@ def test_a_run_without_network_module_is_told_which_to_use() -> None:
         trainee.check(NetworkOptions())
 
 
-@pytest.mark.parametrize("options", [{"network_weights": "no.safetensors"}, {"base_weights": ("no.safetensors",)}])
-def test_files_that_are_not_there_are_found_at_once(options) -> None:
-    with pytest.raises(OptionError, match=rf"--{next(iter(options))}: there is no file no\.safetensors"):
-        trainee.check(NetworkOptions(network_module="networks.lora", **options))
-
-
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
