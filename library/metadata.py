@@ -217,7 +217,7 @@ def _dirs(facts: DatasetFacts, *, are_reg: bool) -> dict[str, dict[str, int]]:
     """Return {folder: repeats and number of images}; a repeated name gets " (2)", " (3)" and so on."""
     dirs: dict[str, dict[str, int]] = {}
     for subset in (subset for entry in facts.datasets for subset in entry.get("subsets", ())):
-        name = subset.get("image_dir") or subset.get("metadata_file")
+        name = subset.get("metadata_file") or subset.get("image_dir")
         if name is None or bool(subset.get("is_reg")) != are_reg:
             continue
         key, number = name, 2

@@ -150,13 +150,13 @@ def _parts(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], li
 
 
 def tag_frequency(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
-    """Return how often each tag occurs, by the name of the folder: each image counts once, whatever its repeats.
+    """Return how often each tag occurs, by the name of the folder or metadata file: each image counts once.
 
     Tags end at commas whatever the separator, and are in small letters, as in the metadata of sd-scripts.
     """
     counts: dict[str, dict[str, int]] = {}
     for sample in samples:
-        folder = counts.setdefault(sample.subset.image_dir.name, {})
+        folder = counts.setdefault(sample.subset.source.name, {})
         for line in sample.captions:
             for tag in (part.strip().lower() for part in line.split(",")):
                 if tag:

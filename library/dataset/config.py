@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class SubsetConfig:
     """One folder of images and all that is done to them, nothing left to inherit."""
 
-    image_dir: Path
+    image_dir: Path  # where the names in metadata_file start, if there is one
     index: int = 0  # among the subsets of its dataset, as written in the file
     is_reg: bool = False
     class_tokens: str | None = None  # the caption of an image without one
@@ -67,6 +67,12 @@ class SubsetConfig:
     alpha_mask: bool = False
     conditioning_data_dir: Path | None = None  # the folder of mask images
     missing_mask: Literal["error", "train_all", "skip"] = "error"
+    metadata_file: Path | None = None  # lists the images and their captions, instead of all files of the folder
+
+    @property
+    def source(self) -> Path:
+        """What names the images: the metadata file, or else the folder."""
+        return self.metadata_file or self.image_dir
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class DatasetConfig:
 def load(
     dataset: DatasetOptions, captions: CaptionOptions, masks: MaskOptions, *, bucket_step_multiple: int = 64
 ) -> tuple[DatasetConfig, ...]:
-    """Return the datasets of --dataset_config, or else of --train_data_dir and --reg_data_dir.
+    """Return the datasets of --dataset_config, or else of --in_json, or of --train_data_dir and --reg_data_dir.
 
     Args:
         dataset: the dataset options; like the other two, what the file leaves open.
@@ -102,8 +108,9 @@ def load(
     """
     command_line = _command_line(dataset, captions, masks)
     if dataset.dataset_config is None:
-        return (_from_folders(dataset, command_line, bucket_step_multiple),)
-    for name in ("train_data_dir", "reg_data_dir"):
+        of_command_line = _from_metadata_file if dataset.in_json else _from_folders
+        return (of_command_line(dataset, command_line, bucket_step_multiple),)
+    for name in ("train_data_dir", "reg_data_dir", "in_json"):
         if getattr(dataset, name):
             log.warning("--%s has no effect: --dataset_config names the images", name)
     return _from_file(Path(dataset.dataset_config), command_line, dataset.prior_loss_weight, bucket_step_multiple)
@@ -178,13 +185,12 @@ def _read_json(source: Path) -> Any:
 
 def _read_subset(source: Path, place: str, table: Any) -> Level:
     level = read_table(source, place, table, {**SUBSET_KEYS, **SUBSET_ONLY_KEYS})
-    if "metadata_file" in level.values:
-        raise OptionError(
-            f"{source}: {place}.metadata_file: datasets from a metadata file are not supported. "
-            "Put captions in files beside the images and name the folder with image_dir."
-        )
-    if level.values.get("image_dir") is None:
-        raise OptionError(f"{source}: {place} has no image_dir. Name the folder of the images.")
+    has_file = level.values.get("metadata_file") is not None
+    if not has_file and level.values.get("image_dir") is None:
+        raise OptionError(f"{source}: {place} has no image_dir. Name the folder of the images, or a metadata_file.")
+    for key in ("caption_extension", "cache_info"):
+        if has_file and key in level.values:
+            log.warning("%s: %s.%s has no effect with metadata_file", source, place, key)
     return level
 
 
@@ -197,14 +203,14 @@ def _resolve_dataset(
         raise OptionError(f"{place} has no resolution. Set resolution = 512 there, or --resolution=512.")
     is_bucketed = values.get("enable_bucket", False)
     subsets: list[SubsetConfig] = []
-    seen: set[tuple[Path, Path | None]] = set()
+    seen: set[tuple[Path | None, ...]] = set()
     for index, table in enumerate(tables):
         subset = _resolve_subset(table, index, inherited, is_bucketed=is_bucketed)
-        folders = (subset.image_dir, subset.conditioning_data_dir)
+        folders = (subset.image_dir, subset.conditioning_data_dir, subset.metadata_file)
         if subset.num_repeats < 1:
             log.warning("%s.subsets[%d] is left out: num_repeats is %d", place, index, subset.num_repeats)
         elif folders in seen:
-            log.warning("%s.subsets[%d] is left out: %s is listed before", place, index, subset.image_dir)
+            log.warning("%s.subsets[%d] is left out: %s is listed before", place, index, subset.source)
         else:
             seen.add(folders)
             subsets.append(subset)
@@ -227,13 +233,16 @@ def _find(key: str, levels: Sequence[Level]) -> Any:
 def _resolve_subset(table: Level, index: int, inherited: Sequence[Level], *, is_bucketed: bool) -> SubsetConfig:
     levels = (table, *inherited)
     values: dict[str, Any] = {
-        key: value for key in (*SUBSET_KEYS, "is_reg") if (value := _find(key, levels)) is not None
+        key: value for key in (*SUBSET_KEYS, "is_reg", "metadata_file") if (value := _find(key, levels)) is not None
     }
     if values.pop("custom_attributes", None):
         log.warning("%s: custom_attributes have no effect", table.place)
     if is_bucketed and values.pop("face_crop_aug_range", None):
         log.warning("%s: face_crop_aug_range has no effect with enable_bucket", table.place)
-    return SubsetConfig(image_dir=table.values["image_dir"], index=index, **values)
+    image_dir = table.values.get("image_dir")
+    if image_dir is None:  # only with a metadata file
+        image_dir = values["metadata_file"].parent
+    return SubsetConfig(image_dir=image_dir, index=index, **values)
 
 
 def _refuse_unsupported(place: str, values: Mapping[str, Any]) -> None:
@@ -295,6 +304,15 @@ def _from_folders(dataset: DatasetOptions, command_line: Level, bucket_step_mult
     if dataset.reg_data_dir:
         tables += _folder_subsets("reg_data_dir", Path(dataset.reg_data_dir), is_reg=True)
     return _resolve_dataset("command line", tables, (command_line,), dataset.prior_loss_weight, bucket_step_multiple)
+
+
+def _from_metadata_file(dataset: DatasetOptions, command_line: Level, bucket_step_multiple: int) -> DatasetConfig:
+    """Return the one dataset of --in_json, whose relative names start at --train_data_dir."""
+    if dataset.reg_data_dir:
+        log.warning("--reg_data_dir has no effect: --in_json names the images")
+    folder = Path(dataset.train_data_dir) if dataset.train_data_dir else None
+    table = Level("--in_json", {"metadata_file": Path(dataset.in_json or ""), "image_dir": folder})
+    return _resolve_dataset("command line", [table], (command_line,), dataset.prior_loss_weight, bucket_step_multiple)
 
 
 def _folder_subsets(option: str, parent: Path, *, is_reg: bool) -> list[Level]:

@@ -53,11 +53,11 @@ def refuse_uncacheable(configs: Iterable[DatasetConfig]) -> None:
             for name in ("color_aug", "random_crop"):
                 if getattr(subset, name):
                     raise OptionError(
-                        f"--cache_latents: {name} is on for {subset.image_dir}, but cached latents cannot change from "
+                        f"--cache_latents: {name} is on for {subset.source}, but cached latents cannot change from "
                         f"draw to draw. Leave out one of the two."
                     )
             if subset.face_crop_aug_range is not None:
-                log.warning("%s: face_crop_aug_range has no effect with --cache_latents", subset.image_dir)
+                log.warning("%s: face_crop_aug_range has no effect with --cache_latents", subset.source)
 
 
 def build_store(

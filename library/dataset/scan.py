@@ -8,15 +8,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from library.dataset import buckets, captions, files, pairing
+from library.dataset import buckets, captions, files, metadata_file, pairing
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
-from library.dataset.geometry import Transform
-from library.dataset.problems import Joint, Problem, listed
+from library.dataset.geometry import Size, Transform
+from library.dataset.problems import MOST_NAMES, Joint, Problem, listed
 from library.errors import DataError, OptionError
 from library.masks import MaskSource
 
 NO_MASK = MaskSource("none")
+Lines = tuple[str, ...]  # of a caption
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sample:
     """One image of a subset, as training sees it before anything is drawn by chance."""
 
     path: Path
-    captions: tuple[str, ...]  # lines as read; one unless wildcards are on
+    captions: Lines  # as read; one unless wildcards are on
     subset: SubsetConfig
     dataset: int  # index of the dataset
     is_reg: bool
@@ -64,7 +65,7 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
         found = [_scan_subset(config, subset, number, findings) for subset in config.subsets]
         samples += _balanced([sample for subset in found for sample in subset])
         if all(subset.is_reg for subset in config.subsets):
-            folder = config.subsets[0].image_dir
+            folder = config.subsets[0].source
             message = f"{folder}: datasets[{number}] has only regularisation images. Add a subset without is_reg."
             findings.error(folder, message)
     findings.problems += _surplus_masks(findings)
@@ -73,21 +74,13 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
 
 def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, findings: _Findings) -> list[Sample]:
     """Return the subset's samples, with its own number of repeats."""
+    scan_source = _scan_folder if subset.metadata_file is None else _scan_metadata_file
     try:
-        images = files.list_images(subset.image_dir)
+        headers, texts = scan_source(subset, findings)
     except DataError as error:
-        findings.error(subset.image_dir, str(error))
+        findings.error(subset.source, str(error))
         return []
-    if not images:
-        message = f"{subset.image_dir}: has no images. Known are {', '.join(files.image_extensions())}."
-        findings.error(subset.image_dir, message)
-        return []
-    known = files.load_info(subset.image_dir) if subset.cache_info else {}
-    headers = _headers(images, findings, known)
-    readable = [image for image in images if image in headers]
-    texts = _captions(readable, subset, findings)
-    if subset.cache_info and known != headers:
-        files.save_info(subset.image_dir, headers, {image: "\n".join(lines) for image, lines in texts.items()})
+    readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
     return [
         Sample(
@@ -106,6 +99,58 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
     ]
 
 
+def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
+    """Return headers and captions of the images in the subset's folder. Raises: DataError if there are none."""
+    images = files.list_images(subset.image_dir)
+    if not images:
+        raise DataError(f"{subset.image_dir}: has no images. Known are {', '.join(files.image_extensions())}.")
+    known = files.load_info(subset.image_dir) if subset.cache_info else {}
+    headers = _headers(images, findings, known)
+    written = files.read_all(partial(captions.read, subset=subset), list(headers))
+    texts = _captions(dict(zip(headers, written, strict=True)), subset, findings)
+    if subset.cache_info and known != headers:
+        files.save_info(subset.image_dir, headers, {image: "\n".join(lines) for image, lines in texts.items()})
+    return headers, texts
+
+
+def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
+    """Return headers and captions of the images in the subset's metadata file. Raises: DataError if there are none."""
+    file = subset.source
+    content = metadata_file.read(file, subset)
+    if not content.entries:
+        raise DataError(f"{file}: lists no images.")
+    findings.problems += [Problem("warning", file, message) for message in metadata_file.warnings(content, file)]
+    entries = {entry.path: entry for entry in content.entries}
+    present = [path for path in entries if path.is_file()]
+    findings.problems += _absent_images(sorted(entries.keys() - set(present)), subset)
+    headers = _headers(present, findings)
+    outdated = [path.name for path in headers if not _has_size(headers[path], entries[path].size)]
+    if outdated:
+        message = f"{file}: image_size of {len(outdated)} images is not the file's own, which is used: "
+        findings.problems.append(Problem("warning", file, f"{message}{listed(outdated)}."))
+    return headers, _captions({path: entries[path].captions for path in headers}, subset, findings)
+
+
+def _has_size(header: Header, size: Size | None) -> bool:
+    """Return whether a size, or none, is that of the picture as seen, or as stored: programs write either."""
+    stored = header.size[::-1] if header.orientation in QUARTER_TURNS else header.size
+    return size in (None, header.size, stored)
+
+
+def _absent_images(absent: Sequence[Path], subset: SubsetConfig) -> Iterable[Problem]:
+    remedy = f"Relative names start at {subset.image_dir}, and end with the file's extension."
+    beside: dict[Path, list[Path]] = {}
+    for number, path in enumerate(absent):
+        near = None
+        if number < MOST_NAMES:  # more are not shown at once, and looking for each takes its time
+            if path.parent not in beside:
+                beside[path.parent] = files.list_images(path.parent) if path.parent.is_dir() else []
+            near = pairing.near_miss(path, beside[path.parent])
+        hint = f" (is {near.name} meant?)" if near else ""
+        joint = Joint(f"images of {subset.source} are not there", path.name + hint, remedy)
+        yield Problem("error", path, f"{subset.source}: there is no image {path}{hint}. {remedy}", joint)
+
+
 def _headers(
     paths: Iterable[Path], findings: _Findings, known: Mapping[Path, Header] | None = None
 ) -> dict[Path, Header]:
@@ -122,11 +167,12 @@ def _headers(
     return {path: findings.headers[path] for path in paths if path in findings.headers}
 
 
-def _captions(images: Sequence[Path], subset: SubsetConfig, findings: _Findings) -> dict[Path, tuple[str, ...]]:
-    texts: dict[Path, tuple[str, ...]] = {}
+def _captions(
+    written: Mapping[Path, Lines | DataError | None], subset: SubsetConfig, findings: _Findings
+) -> dict[Path, Lines]:
+    texts: dict[Path, Lines] = {}
     without: list[Path] = []
-    read = partial(captions.read, subset=subset)
-    for image, lines in zip(images, files.read_all(read, images), strict=True):
+    for image, lines in written.items():
         if isinstance(lines, DataError):
             findings.error(image, str(lines))
         elif lines is not None:
@@ -137,21 +183,50 @@ def _captions(images: Sequence[Path], subset: SubsetConfig, findings: _Findings)
                 without.append(image)
     if without:
         message = (
-            f"{subset.image_dir}: {len(without)} of {len(images)} images have no {subset.caption_extension} file and "
+            f"{subset.source}: {len(without)} of {len(written)} images have no "
+            f"{'caption or tags' if subset.metadata_file else f'{subset.caption_extension} file'} and "
             f"no class_tokens, so their caption is empty: {listed([image.name for image in without])}."
         )
-        findings.problems.append(Problem("warning", subset.image_dir, message))
+        findings.problems.append(Problem("warning", subset.source, message))
     return texts
 
 
 def _masks(
     images: Sequence[Path], headers: Mapping[Path, Header], subset: SubsetConfig, findings: _Findings
 ) -> dict[Path, MaskSource]:
-    """Return where each image's mask is; an image that must be left out is left out here."""
+    """Return where each image's mask is; an image that must be left out is left out here.
+
+    Images of a folder within image_dir have theirs in the folder of that name within conditioning_data_dir, if there
+    is one: a metadata file may list several images of one name.
+    """
+    groups: dict[Path | None, list[Path]] = defaultdict(list)
+    for image in images:
+        groups[_mask_folder(image, subset)].append(image)
+    masks: dict[Path, MaskSource] = {}
+    for folder, group in groups.items():
+        masks |= _masks_in(folder, group, headers, subset, findings)
+    return masks
+
+
+def _mask_folder(image: Path, subset: SubsetConfig) -> Path | None:
     folder = subset.conditioning_data_dir
+    if folder is not None and image.parent != subset.image_dir and image.is_relative_to(subset.image_dir):
+        within = folder / image.parent.relative_to(subset.image_dir)
+        return within if within.is_dir() else folder
+    return folder
+
+
+def _masks_in(
+    folder: Path | None,
+    images: Sequence[Path],
+    headers: Mapping[Path, Header],
+    subset: SubsetConfig,
+    findings: _Findings,
+) -> dict[Path, MaskSource]:
     pairs = pairing.pair(images, () if folder is None else _mask_files(folder, findings))
     if folder is not None:
         findings.stems[folder] |= {image.stem for image in images}
+        findings.problems += _ambiguous_masks(pairs.masks, folder)
     mask_headers = _headers(pairs.masks.values(), findings)
     masks: dict[Path, MaskSource] = {}
     lacking: list[Path] = []
@@ -187,6 +262,18 @@ def _mask_files(folder: Path, findings: _Findings) -> list[Path]:
     return findings.mask_folders[folder]
 
 
+def _ambiguous_masks(masks: Mapping[Path, Path], folder: Path) -> Iterable[Problem]:
+    first: dict[Path, Path] = {}
+    for image, mask in masks.items():
+        other = first.setdefault(mask, image)
+        if other.parent != image.parent:
+            message = (
+                f"{mask}: is the mask of {other} as well as of {image}. Put their masks into folders within {folder} "
+                "that are named like theirs."
+            )
+            yield Problem("error", mask, message)
+
+
 def _fits(mask: Path, mask_header: Header, image: Path, header: Header, findings: _Findings) -> bool:
     if pairing.has_same_aspect(mask_header.size, header.size):
         return True
@@ -213,10 +300,10 @@ def _missing_masks(
         near = pairing.near_miss(image, surplus)
         hint = f" (is {near.name} meant?)" if near else ""
         if subset.missing_mask == "error":
-            joint = Joint(f"images of {subset.image_dir} have no mask in {folder}", image.name + hint, remedy)
+            joint = Joint(f"images of {subset.source} have no mask in {folder}", image.name + hint, remedy)
             yield Problem("error", image, f"{image}: has no mask in {folder}{hint}. {remedy}", joint)
         else:
-            joint = Joint(f"images of {subset.image_dir} are left out, having no mask in {folder}", image.name + hint)
+            joint = Joint(f"images of {subset.source} are left out, having no mask in {folder}", image.name + hint)
             yield Problem("warning", image, f"{image}: left out, it has no mask in {folder}{hint}.", joint)
 
 

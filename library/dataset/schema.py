@@ -37,9 +37,9 @@ def _separator(value: Any) -> str:
 
 def _path(value: Any) -> Path | None:
     if not isinstance(value, (str, Path)):
-        raise ValueError("a folder name as a string")
+        raise ValueError("a path as a string")
     if has_control_character(str(value)):
-        raise ValueError(f"a folder name without special characters ({BACKSLASHES.rstrip('.')})")
+        raise ValueError(f"a path without special characters ({BACKSLASHES.rstrip('.')})")
     return Path(value) if str(value) else None
 
 
@@ -161,7 +161,7 @@ SUBSET_KEYS: Mapping[str, Reader] = {
 }
 """Keys of [general], [[datasets]] and [[datasets.subsets]]."""
 
-SUBSET_ONLY_KEYS: Mapping[str, Reader] = {"image_dir": _path, "is_reg": _flag, "metadata_file": _text}
+SUBSET_ONLY_KEYS: Mapping[str, Reader] = {"image_dir": _path, "is_reg": _flag, "metadata_file": _path}
 
 COMMAND_LINE_KEYS = ("prior_loss_weight", "debug_dataset", "masked_loss")
 SYNONYMS = {
@@ -171,6 +171,7 @@ SYNONYMS = {
     "caption_extention": "caption_extension",
     "mask_dir": "conditioning_data_dir",
     "train_data_dir": "image_dir",
+    "in_json": "metadata_file",
 }
 
 

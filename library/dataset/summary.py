@@ -26,7 +26,7 @@ def describe(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> lis
 def _describe_dataset(config: DatasetConfig, samples: Sequence[Sample]) -> dict[str, Any]:
     is_bucketed = config.enable_bucket
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": any(subset.metadata_file is None for subset in config.subsets),
         "batch_size_per_device": config.batch_size,
         "num_train_images": sum(sample.num_repeats for sample in samples if not sample.is_reg),
         "num_reg_images": sum(sample.num_repeats for sample in samples if sample.is_reg),
@@ -45,7 +45,7 @@ def _describe_dataset(config: DatasetConfig, samples: Sequence[Sample]) -> dict[
 
 
 def _describe_subset(subset: SubsetConfig, num_images: int) -> dict[str, Any]:
-    return {
+    described = {
         "img_count": num_images,
         "num_repeats": subset.num_repeats,
         "color_aug": subset.color_aug,
@@ -63,6 +63,7 @@ def _describe_subset(subset: SubsetConfig, num_images: int) -> dict[str, Any]:
         "class_tokens": subset.class_tokens,
         "is_reg": subset.is_reg,
     }
+    return described | ({"metadata_file": subset.metadata_file.name} if subset.metadata_file else {})
 
 
 def bucket_info(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def _subset_line(subset: SubsetConfig, samples: Sequence[Sample]) -> str:
     masks += [f"alpha masks: {kinds['alpha']}"] if subset.alpha_mask else []
     kind = "regularisation, " if subset.is_reg else ""
     return (
-        f"  subset {subset.index}: {subset.image_dir}: {kind}{_number(len(samples), 'image')} "
+        f"  subset {subset.index}: {subset.source}: {kind}{_number(len(samples), 'image')} "
         f"with {_number(subset.num_repeats, 'repeat')}, {'; '.join(masks) or 'no masks'}"
     )
 

@@ -52,7 +52,7 @@ def check_files(options: Options) -> None:
 
 def _check_required(options: Options) -> None:
     dataset = options.dataset
-    if dataset.dataset_config is None and dataset.train_data_dir is None:
+    if dataset.dataset_config is None and dataset.train_data_dir is None and dataset.in_json is None:
         raise OptionError("There is no dataset. Add --dataset_config=FILE or --train_data_dir=FOLDER.")
     if dataset.dataset_config is None and dataset.resolution is None:
         raise OptionError("--resolution is missing. Add the training size, like --resolution=512.")

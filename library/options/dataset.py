@@ -21,6 +21,12 @@ class DatasetOptions:
     reg_data_dir: str | None = option(
         None, "The same for regularisation images. Only with --train_data_dir.", is_path=True
     )
+    in_json: str | None = option(
+        None,
+        "Metadata file, JSON or JSONL, that lists the images and their captions. Their names start at "
+        "--train_data_dir. Instead of a config.",
+        is_path=True,
+    )
     resolution: str | None = option(
         None, "Training size in pixels: SIZE, or WIDTH,HEIGHT. With buckets, their area.", joined_by=","
     )

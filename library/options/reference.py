@@ -34,7 +34,6 @@ class Elsewhere:
 # Given with another value than its default or 0, such an option is an error.
 REFUSED = (
     Elsewhere("dataset_class", str, None, f"a dataset class of one's own cannot be plugged in; {_DATA}"),
-    Elsewhere("in_json", str, None, f"metadata files are not read by this version; {_DATA}"),
     Elsewhere("huggingface_repo_id", str, None, _HUB),
     Elsewhere("huggingface_repo_type", str, None, _HUB),
     Elsewhere("huggingface_path_in_repo", str, None, _HUB),

@@ -110,7 +110,7 @@ def dataset_rows(facts: DatasetFacts) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "Dataset": number,
-                    "Folder": subset.get("image_dir") or subset.get("metadata_file") or "",
+                    "Folder": subset.get("metadata_file") or subset.get("image_dir") or "",
                     "Images": subset.get("img_count"),
                     "Repeats": subset.get("num_repeats"),
                     "Use": "regularisation" if subset.get("is_reg") else "training",

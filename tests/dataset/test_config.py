@@ -190,7 +190,8 @@ def test_masks_of_every_kind_may_stand_beside_regularisation_images(read):
         (one_subset(dataset="resolution = [1, 2, 3]"), r"datasets\[0\]\.resolution must be a size like 512"),
         (one_subset(dataset="resolution = '512x512'"), r"must be a size like 512"),
         (one_subset(dataset="resolution = true"), r"must be a size like 512"),
-        (one_subset("metadata_file = 'm.json'"), r"metadata file are not supported"),
+        (one_subset("metadata_file = 3"), r"subsets\[0\]\.metadata_file must be a path as a string, got 3"),
+        (one_subset("in_json = 'm.json'"), r"in_json is not a key of a dataset config\. Did you mean metadata_file"),
         (one_subset(dataset="validation_split = 0.1"), r"no part of the dataset is held back"),
         ("[[datasets]]\n[[datasets.subsets]]\nis_reg = true", r"subsets\[0\] has no image_dir"),
         ("[[datasets]]\nbatch_size = 1", r"datasets\[0\] has no \[\[datasets\.subsets\]\]"),
@@ -228,6 +229,53 @@ def test_a_config_file_that_is_not_there_is_named(tmp_path):
     options = DatasetOptions(dataset_config=tmp_path / "absent.toml")
     with pytest.raises(OptionError, match=r"absent\.toml"):
         load(options, CaptionOptions(), MaskOptions())
+
+
+def test_a_metadata_file_names_the_images_and_its_own_folder_is_where_they_start(read):
+    (config,) = read("[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'a/m.json'\nnum_repeats = 3")
+    assert config.subsets == (SubsetConfig(Path("a"), num_repeats=3, metadata_file=Path("a/m.json")),)
+
+
+def test_a_metadata_file_goes_with_an_image_folder_and_masks(read):
+    lines = "metadata_file = 'm.jsonl'\nconditioning_data_dir = 'masks'\nalpha_mask = true"
+    assert subset_of(read(one_subset(lines))) == SubsetConfig(
+        Path("a"), alpha_mask=True, conditioning_data_dir=Path("masks"), metadata_file=Path("m.jsonl")
+    )
+
+
+def test_two_metadata_files_of_one_image_folder_are_two_subsets(read):
+    lines = "".join(f"[[datasets.subsets]]\nimage_dir='a'\nmetadata_file='{name}.json'\n" for name in "mnm")
+    assert [subset.source.name for subset in read(f"[[datasets]]\n{lines}")[0].subsets] == ["m.json", "n.json"]
+
+
+def test_keys_about_caption_files_are_warned_about_beside_a_metadata_file(read, caplog):
+    read(one_subset("metadata_file = 'm.json'\ncaption_extension = '.txt'", general="cache_info = true"))
+    assert "datasets[0].subsets[0].caption_extension has no effect with metadata_file" in caplog.text
+    assert "cache_info" not in caplog.text
+
+
+def test_in_json_makes_one_dataset_whose_names_start_at_train_data_dir():
+    options = DatasetOptions(in_json="m.json", train_data_dir="photos", resolution="512", dataset_repeats=2)
+    (config,) = load(options, CaptionOptions(shuffle_caption=True), MaskOptions(conditioning_data_dir="masks"))
+    assert config == DatasetConfig(
+        (512, 512),
+        (
+            SubsetConfig(
+                Path("photos"),
+                num_repeats=2,
+                shuffle_caption=True,
+                conditioning_data_dir=Path("masks"),
+                metadata_file=Path("m.json"),
+            ),
+        ),
+    )
+
+
+def test_what_in_json_and_a_config_make_idle_is_warned_about(read, caplog):
+    load(DatasetOptions(in_json="m.json", reg_data_dir="r", resolution="512"), CaptionOptions(), MaskOptions())
+    assert "--reg_data_dir has no effect: --in_json names the images" in caplog.text
+    read(one_subset(), in_json="m.json")
+    assert "--in_json has no effect: --dataset_config names the images" in caplog.text
 
 
 def test_the_same_folders_twice_in_one_dataset_count_once(read, caplog):
