@@ -56,7 +56,7 @@ def check(read: CommandLine) -> int:
     try:
         check_masked_loss(options.masks.masked_loss, found.samples)
     except OptionError as error:
-        problems.append(Problem("error", configs[0].subsets[0].image_dir, str(error)))
+        problems.append(Problem("error", configs[0].subsets[0].source, str(error)))
 
     samples = found.samples
     coverages = inspection.read_masks(samples, wanted.get("masks")) if wanted else None
