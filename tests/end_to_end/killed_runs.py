@@ -1,6 +1,6 @@
 """A program of its own that kills training runs at random moments: each is a fork, so that imports are paid once.
 
-    python killed_runs.py KILLS SEED MOST_SECONDS SCRIPT PLACE OUTPUT_FOLDER -- ARGUMENTS OF THE SCRIPT
+    python killed_runs.py KILLS SEED SCRIPT PLACE OUTPUT_FOLDER -- ARGUMENTS OF THE SCRIPT
 
 Prints a line for each kill, the step that the next run goes on from, and at last the exit code of the run left alone.
 """
@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+LONGEST_WAIT_S = 0.5  # some steps and states of the tiny model
 IMPORTED_ONCE = (
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition",
@@ -47,6 +48,14 @@ def begin(script: str, place: str, arguments: list[str]) -> int:
     os._exit(main(script, place, arguments))
 
 
+def wait_for_states(folder: Path, child: int, since: int, more: int) -> None:
+    """Wait until a run has saved the state of `more` further steps, or has ended: machines differ in speed."""
+    while not (folder / f"lora-step{since + more:08d}-state").is_dir() and more:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.002)
+
+
 def tell(line: str) -> None:
     """Print a line at once."""
     sys.stdout.write(f"{line}\n")
@@ -55,8 +64,8 @@ def tell(line: str) -> None:
 
 def main() -> int:
     """Kill, resume, and in the end let a run come to its end; return its exit code."""
-    kills, seed, most_s, script, place, folder = sys.argv[1:7]
-    arguments = sys.argv[8:]
+    kills, seed, script, place, folder = sys.argv[1:6]
+    arguments = sys.argv[7:]
     for module in IMPORTED_ONCE:
         importlib.import_module(module)
 
@@ -65,7 +74,8 @@ def main() -> int:
         state = newest_state(Path(folder))
         more = [] if state is None else ["--resume", str(state[1])]
         child = begin(script, place, [*arguments, *more])
-        time.sleep(chance.uniform(0.3, float(most_s)))
+        wait_for_states(Path(folder), child, since=state[0] if state else 0, more=chance.randrange(4))
+        time.sleep(chance.uniform(0, LONGEST_WAIT_S))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):  # it was quicker

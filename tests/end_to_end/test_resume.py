@@ -172,7 +172,6 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(train, family
         script,
         kills,
         1,
-        3.0,
         family.script,
         family.place,
         tmp_path / "killed" / "out",
