@@ -23,6 +23,7 @@ class Batch:
     original_sizes: Tensor  # (B, 2) int64: height, width of the file
     crop_top_lefts: Tensor  # (B, 2) int64: top, left of the crop in the resized image, as made
     target_sizes: Tensor  # (B, 2) int64: height, width of the bucket
+    preserved: Tensor | None = None  # (B,) bool: the target is the untrained model's prediction; None: of no image
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with every tensor on device; copies from pinned memory do not wait."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -233,6 +234,25 @@ def set_multiplier(network: nn.Module, multiplier: float) -> None:
     if not hasattr(network, "set_multiplier"):
         raise OptionError(f"{type(network).__name__} cannot change its strength.")
     network.set_multiplier(multiplier)  # type: ignore[operator]
+
+
+@contextmanager
+def switched_off(network: nn.Module) -> Iterator[None]:
+    """Return a context in which the models compute as if there were no network.
+
+    Raises: OptionError for a network that cannot change its strength.
+    """
+    if not hasattr(network, "set_multiplier"):
+        raise OptionError(
+            f"diff_output_preservation: {type(network).__name__} cannot be switched off for it, as it has no "
+            "set_multiplier. Leave the attribute out, or train another network."
+        )
+    strength = getattr(network, "multiplier", 1.0)
+    set_multiplier(network, 0.0)
+    try:
+        yield
+    finally:
+        set_multiplier(network, strength)
 
 
 def limit_norms(network: nn.Module, max_norm: float, device: torch.device) -> dict[str, Any]:

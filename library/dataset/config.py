@@ -67,6 +67,7 @@ class SubsetConfig:
     alpha_mask: bool = False
     conditioning_data_dir: Path | None = None  # the folder of mask images
     missing_mask: Literal["error", "train_all", "skip"] = "error"
+    diff_output_preservation: bool = False  # the target is what the model predicts without the trained network
     metadata_file: Path | None = None  # lists the images and their captions, instead of all files of the folder
 
     @property
@@ -235,8 +236,7 @@ def _resolve_subset(table: Level, index: int, inherited: Sequence[Level], *, is_
     values: dict[str, Any] = {
         key: value for key in (*SUBSET_KEYS, "is_reg", "metadata_file") if (value := _find(key, levels)) is not None
     }
-    if values.pop("custom_attributes", None):
-        log.warning("%s: custom_attributes have no effect", table.place)
+    values |= values.pop("custom_attributes", {})
     if is_bucketed and values.pop("face_crop_aug_range", None):
         log.warning("%s: face_crop_aug_range has no effect with enable_bucket", table.place)
     image_dir = table.values.get("image_dir")

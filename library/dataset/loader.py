@@ -108,6 +108,7 @@ class DrawnImages(DrawsDataset):
             original_sizes=torch.tensor([item.sizes.original for item in items]),
             crop_top_lefts=torch.tensor([item.sizes.crop_top_left for item in items]),
             target_sizes=torch.tensor([item.sizes.target for item in items]),
+            preserved=_flags([sample.subset.diff_output_preservation for sample in samples]),
         )
 
     def _item(self, draw: Draw) -> _Item:
@@ -138,6 +139,11 @@ def _read(sample: Sample, transform: Transform) -> tuple[Pixels, Sums | None]:
     image = images.read_image(sample.path, want_alpha=sample.mask.kind == "alpha")
     pixels = images.in_bucket(image, transform, sample.path)
     return pixels, images.mask_in_bucket(image, sample.mask, transform)
+
+
+def _flags(values: Sequence[bool]) -> Tensor | None:
+    """Return (B,) bool, or None if all are false, which is thereby known without asking the device."""
+    return torch.tensor(values) if any(values) else None
 
 
 def _stack_masks(masks: Sequence[Sums | None]) -> Tensor | None:

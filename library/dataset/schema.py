@@ -163,6 +163,9 @@ SUBSET_KEYS: Mapping[str, Reader] = {
 
 SUBSET_ONLY_KEYS: Mapping[str, Reader] = {"image_dir": _path, "is_reg": _flag, "metadata_file": _path}
 
+ATTRIBUTES: Mapping[str, Reader] = {"diff_output_preservation": _flag}
+"""Keys of custom_attributes."""
+
 COMMAND_LINE_KEYS = ("prior_loss_weight", "debug_dataset", "masked_loss")
 SYNONYMS = {
     "train_batch_size": "batch_size",
@@ -201,7 +204,17 @@ def read_table(source: Path, place: str, table: Any, keys: Mapping[str, Reader])
             raise OptionError(f"{source}: {place}.{as_written(key)} {_why_not(key, keys)}")
         if value is not None:
             values[key] = read_value(f"{source}: {place}.{key}", value, keys[key])
+            if key == "custom_attributes":
+                values[key] = _read_attributes(f"{source}: {place}.{key}", values[key])
     return Level(place, values)
+
+
+def _read_attributes(place: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    for key in table:
+        if key not in ATTRIBUTES:
+            hint = did_you_mean(key, ATTRIBUTES) or f" Known: {', '.join(ATTRIBUTES)}."
+            raise OptionError(f"{place}.{as_written(key)} is not a known attribute.{hint}")
+    return {key: read_value(f"{place}.{key}", value, ATTRIBUTES[key]) for key, value in table.items()}
 
 
 def as_written(key: str) -> str:

@@ -157,6 +157,7 @@ def _subset_line(subset: SubsetConfig, samples: Sequence[Sample]) -> str:
     masks = [f"masks from {subset.conditioning_data_dir}: {kinds['file']}"] if subset.conditioning_data_dir else []
     masks += [f"alpha masks: {kinds['alpha']}"] if subset.alpha_mask else []
     kind = "regularisation, " if subset.is_reg else ""
+    kind += "output preserved, " if subset.diff_output_preservation else ""
     return (
         f"  subset {subset.index}: {subset.source}: {kind}{_number(len(samples), 'image')} "
         f"with {_number(subset.num_repeats, 'repeat')}, {'; '.join(masks) or 'no masks'}"

@@ -137,6 +137,9 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
     if options.training.gradient_checkpointing:
         setting.family.enable_gradient_checkpointing(parts, trained.is_text_trained)
         trained.enable_gradient_checkpointing()
+    if any(sample.subset.diff_output_preservation for sample in setting.checked.data.samples):
+        with trained.untrained():  # a network that cannot be switched off is refused here, not in the middle
+            log.info("diff_output_preservation: batches with such images predict twice")
     if options.training.torch_compile:
         compile_blocks(parts, options.training.dynamo_backend)
     groups = trained.parameter_groups()
@@ -144,7 +147,15 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
     optimizers.train_mode(optimizer)
     objective = setting.family.objective(options.noise, options.loss).to(accelerator.device)
     step, prepared = accelerator.prepare(
-        Step(setting.family, parts, objective, options.loss, trained.modules, is_text_trained=trained.is_text_trained),
+        Step(
+            setting.family,
+            parts,
+            objective,
+            options.loss,
+            trained.modules,
+            is_text_trained=trained.is_text_trained,
+            untrained=trained.untrained,
+        ),
         optimizer,
     )
     trackers = Trackers(accelerator, setting.checked.tracker_names)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +15,7 @@ from library import losses, masks
 if TYPE_CHECKING:
     from library.batch import Batch
     from library.models.family import ModelFamily, Parts
-    from library.objectives.objective import HuberOptions, Objective
+    from library.objectives.objective import HuberOptions, Noised, Objective
 
 
 class Step(nn.Module):
@@ -31,6 +33,7 @@ class Step(nn.Module):
         trained: tuple[nn.Module, ...],
         *,
         is_text_trained: bool,
+        untrained: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         super().__init__()
         self.trained = nn.ModuleList(trained)
@@ -39,6 +42,7 @@ class Step(nn.Module):
         self.objective = objective
         self.element_loss = element_loss
         self.is_text_trained = is_text_trained
+        self.untrained = untrained  # a context in which the models predict as before the training
 
     @property
     def parts(self) -> Parts:
@@ -59,6 +63,11 @@ class Step(nn.Module):
             text = self.family.encode_text(self.parts, batch.tokens)
         output = self.family.predict(self.parts, noised.noisy, noised.timesteps, text, batch)
         compared = self.objective.compare(output, noised)  # prediction, target, weight
+        if batch.preserved is not None:
+            is_preserved = batch.preserved[:, None, None, None]
+            compared = replace(
+                compared, target=torch.where(is_preserved, self.untrained_prediction(batch, noised), compared.target)
+            )
         with torch.autocast(latents.device.type, enabled=False):
             loss = losses.elementwise(
                 compared.prediction,
@@ -71,3 +80,15 @@ class Step(nn.Module):
             loss = masks.weigh(loss, batch.masks)  # the only place where a mask meets a loss
             per_image = loss.mean(dim=(1, 2, 3)) * batch.weights  # as sd-scripts: the mean counts masked cells too
             return self.objective.reweigh(per_image, noised)
+
+    def untrained_prediction(self, batch: Batch, noised: Noised) -> Tensor:
+        """Return (B, C, h, w) what the models predicted of the same noise, time and captions before the training.
+
+        Of the whole batch, where only a part may ask for it: to pick that part, the device would have to be waited for.
+        """
+        assert self.untrained is not None, "only a trainee that can be switched off has images to preserve"
+        assert batch.tokens is not None, "the loader of a run tokenizes"
+        with torch.no_grad(), self.untrained():
+            text = self.family.encode_text(self.parts, batch.tokens)
+            output = self.family.predict(self.parts, noised.noisy, noised.timesteps, text, batch)
+        return self.objective.compare(output, noised).prediction

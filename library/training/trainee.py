@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +51,10 @@ class Trainee(Protocol):
 
     def before_batch(self) -> None:
         """Do what is due before a batch's forward pass."""
+        ...
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """Return a context in which the models predict as before the training."""
         ...
 
     def before_update(self) -> dict[str, Tensor]:
@@ -114,6 +119,10 @@ class NetworkTrainee:
     def before_batch(self) -> None:
         """Tell networks that want to know that a batch begins."""
         plugin.start_step(self.network, self.models)
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """Return a context in which the models predict without the network. Raises: OptionError if it cannot be so."""
+        return plugin.switched_off(self.network)
 
     def before_update(self) -> dict[str, Tensor]:
         """Return the norms of networks that watch theirs."""

@@ -190,6 +190,15 @@ def test_masks_of_every_kind_may_stand_beside_regularisation_images(read):
         (one_subset(dataset="resolution = [1, 2, 3]"), r"datasets\[0\]\.resolution must be a size like 512"),
         (one_subset(dataset="resolution = '512x512'"), r"must be a size like 512"),
         (one_subset(dataset="resolution = true"), r"must be a size like 512"),
+        (
+            one_subset("custom_attributes = {diff_output_preservatoin = true}"),
+            r"custom_attributes\.diff_output_preservatoin is not .*Did you mean diff_output_preservation\?",
+        ),
+        (one_subset("custom_attributes = {a = 1}"), r"custom_attributes\.a is not .*Known: diff_output_preservation\."),
+        (
+            one_subset(general="custom_attributes = {diff_output_preservation = 1}"),
+            r"general\.custom_attributes\.diff_output_preservation must be true or false, got 1",
+        ),
         (one_subset("metadata_file = 3"), r"subsets\[0\]\.metadata_file must be a path as a string, got 3"),
         (one_subset("in_json = 'm.json'"), r"in_json is not a key of a dataset config\. Did you mean metadata_file"),
         (one_subset(dataset="validation_split = 0.1"), r"no part of the dataset is held back"),
@@ -289,10 +298,21 @@ def test_a_folder_may_be_used_again_with_other_masks(read):
     assert [subset.index for subset in read(f"[[datasets]]\n{subsets}")[0].subsets] == [0, 1]
 
 
+@pytest.mark.parametrize("level", ["lines", "dataset", "general"])
+def test_the_output_is_preserved_where_custom_attributes_ask_for_it(read, level):
+    line = "custom_attributes = {diff_output_preservation = true}"
+    text = one_subset(**{"lines": ""} | {level: line})
+    assert subset_of(read(text)) == SubsetConfig(Path("a"), diff_output_preservation=True)
+
+
+def test_an_empty_table_of_a_subset_beats_the_attributes_of_its_dataset(read):
+    attributes = "custom_attributes = {diff_output_preservation = true}"
+    assert not subset_of(read(one_subset("custom_attributes = {}", dataset=attributes))).diff_output_preservation
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("custom_attributes = {a = 1}", "custom_attributes have no effect"),
         ("face_crop_aug_range = [2, 4]", "face_crop_aug_range has no effect with enable_bucket"),
     ],
 )

@@ -241,3 +241,11 @@ def test_workers_end_with_a_run_that_breaks_off(pictures):
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 1
     assert "MemoryError" in ended.stderr
+
+
+def test_images_whose_output_is_preserved_are_marked_in_the_batch(pictures):
+    preserved = SubsetConfig(pictures[0].parent, diff_output_preservation=True)
+    samples = [sample_of(pictures[0]), sample_of(pictures[1], subset=preserved)]
+    mixed, none = batches_of(DrawnImages(samples, SETTINGS), [draws_of(0, 1), draws_of(0, 0)])
+    assert mixed.preserved.tolist() == [False, True]
+    assert none.preserved is None

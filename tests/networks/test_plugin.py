@@ -206,3 +206,28 @@ def test_a_lycoris_network_trains_a_step_and_is_saved(algo, models, tmp_path):
     assert any(name.startswith("lora_te_text_model_encoder_layers_0_") for name in names)
     assert any(name.startswith("lora_unet_down_blocks_0_attentions_0_") for name in names)
     network.restore()
+
+
+@pytest.mark.parametrize("name", ["networks.lora", "networks.lora_fa", "networks.dylora", "networks.oft"])
+def test_a_network_that_is_switched_off_leaves_the_output_as_it_was_for_that_time(models, name):
+    original = output(models)
+    network = plugin.create(plugin.load(name), models, 4, 1.0, None, {}, multiplier=0.5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.linspace(-0.1, 0.3, parameter.numel()).view_as(parameter))
+    with network.attached():
+        changed = output(models)
+        with plugin.switched_off(network):
+            assert torch.equal(output(models), original)
+        assert network.multiplier == 0.5
+        network.eval()
+        assert not torch.equal(output(models), original)
+    assert not torch.equal(changed, original)
+
+
+def test_a_network_that_cannot_be_switched_off_is_refused(models):
+    with (
+        pytest.raises(OptionError, match=r"diff_output_preservation: ForeignNetwork cannot be switched off"),
+        plugin.switched_off(ForeignNetwork(models.unet)),
+    ):
+        pass

@@ -17,7 +17,7 @@ from library.objectives.objective import Compared, Noised
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.training.step import Step
-from networks import lora
+from networks import lora, plugin
 
 
 def batch_of(
@@ -186,7 +186,15 @@ SIDE = 8
 
 
 def step_of(sd, objective=OBJECTIVE, loss: LossOptions | None = None, *, is_text_trained: bool = True) -> Step:
-    return Step(Sd(), sd.parts, objective, loss or LossOptions(), (sd.network,), is_text_trained=is_text_trained)
+    return Step(
+        Sd(),
+        sd.parts,
+        objective,
+        loss or LossOptions(),
+        (sd.network,),
+        is_text_trained=is_text_trained,
+        untrained=lambda: plugin.switched_off(sd.network),
+    )
 
 
 def latents_of() -> Tensor:
@@ -289,3 +297,93 @@ def test_only_what_is_trained_is_part_of_the_step(sd) -> None:
     step = step_of(sd)
     assert {id(p) for p in step.parameters()} == {id(p) for p in sd.network.parameters()}
     assert step.parts is sd.parts
+
+
+# ---- images whose output is preserved --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def identity(sd):
+    """The model whose LoRA is as at the first step of a training: its up matrices are zero."""
+    kept = {name: parameter.detach().clone() for name, parameter in sd.network.named_parameters()}
+    with torch.no_grad():
+        for layer in sd.network.layers:
+            layer.lora_up.weight.zero_()
+    yield sd
+    with torch.no_grad():
+        for name, parameter in sd.network.named_parameters():
+            parameter.copy_(kept[name])
+
+
+def preserving(sd, preserved: list[bool] | None, objective=OBJECTIVE) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the losses and every weight's gradient; the noise is the same at each call."""
+    sd.network.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    flags = None if preserved is None else torch.tensor(preserved)
+    loss = step_of(sd, objective)(replace(batch_of(tokens=tokens_of()), preserved=flags), latents_of())
+    loss.mean().backward()
+    gradients = {name: p.grad.clone() for name, p in sd.network.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients
+
+
+def test_a_preserved_image_has_no_loss_and_no_gradient_while_the_lora_changes_nothing(identity) -> None:
+    loss, gradients = preserving(identity, [True, True])
+    assert loss.tolist() == pytest.approx([0, 0], abs=1e-10)
+    assert max(float(gradient.abs().max()) for gradient in gradients.values()) < 1e-6
+
+
+def test_in_a_mixed_batch_the_gradient_comes_from_the_other_image(identity) -> None:
+    plain_loss, _ = preserving(identity, None)
+    loss, gradients = preserving(identity, [True, False])
+    assert loss[0].item() == pytest.approx(0, abs=1e-10)
+    assert loss[1] == plain_loss[1]
+    identity.network.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    alone = step_of(identity)(batch_of(weights=(0.0, 1.0), tokens=tokens_of()), latents_of())
+    alone.mean().backward()
+    for name, parameter in identity.network.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6)
+    assert any(gradient.any() for gradient in gradients.values())
+
+
+def test_the_target_of_a_preserved_image_is_what_the_model_says_without_the_lora(sd) -> None:
+    """Neither its U-Net nor its text encoder takes part in the target, and both in the prediction."""
+    loss, _ = preserving(sd, [True, False])
+    with torch.no_grad():
+        torch.manual_seed(3)
+        noised = OBJECTIVE.noise(latents_of() * 0.18215)
+        outputs = []
+        for strength in (1.0, 0.0):
+            plugin.set_multiplier(sd.network, strength)
+            text = sd.parts.text_encoders[0](tokens_of()[:, 0]).last_hidden_state
+            outputs.append(sd.parts.denoiser(noised.noisy, noised.timesteps, text).sample)
+        plugin.set_multiplier(sd.network, 1.0)
+    changed, original = outputs
+    assert loss[0].item() == pytest.approx(float((changed - original)[0].square().mean()), rel=1e-4)
+    assert loss[1].item() == pytest.approx(float((changed - noised.noise)[1].square().mean()), rel=1e-4)
+    assert loss[0] > 1e-6
+
+
+def test_the_network_is_at_its_strength_again_when_gradients_are_computed(sd) -> None:
+    preserving(sd, [True, True])
+    assert {layer.multiplier for layer in sd.network.layers} == {sd.network.multiplier} == {1.0}
+
+
+def test_a_batch_without_preserved_images_predicts_once(sd) -> None:
+    calls = []
+    handle = sd.parts.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        preserving(sd, None)
+        assert len(calls) == 1
+        preserving(sd, [False, True])
+        assert len(calls) == 3
+    finally:
+        handle.remove()
+
+
+def test_a_preserved_image_is_weighed_by_its_mask(sd) -> None:
+    torch.manual_seed(3)
+    flags = torch.tensor([True, True])
+    batch = replace(batch_of(torch.full((2, 1, SIDE, SIDE), 0.25), tokens=tokens_of()), preserved=flags)
+    loss = step_of(sd)(batch, latents_of()).detach()
+    torch.testing.assert_close(loss, 0.25 * preserving(sd, [True, True])[0])
