@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import shutil
 from collections.abc import Callable
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING
 
 from library.training import state
 from library.training.saving import Saver, step_to_remove
+from library.whole_file import MARK
 
 if TYPE_CHECKING:
     from library.options.saving import SavingOptions
 
 log = logging.getLogger(__name__)
+
+GONE = ".gone"  # the ending of a state that is being removed
 
 Write = Callable[[Path, int, int], None]  # to a folder, after a step, in an epoch
 
@@ -37,6 +41,8 @@ class StateSaver:
         self.keep_steps = options.save_last_n_steps_state or options.save_last_n_steps
         self._saver = saver
         self._write = write
+        if self.is_at_end:
+            remove_abandoned(saver)
 
     def save_epoch(self, step: int, epoch: int) -> None:
         """Save the state at the end of an epoch, then remove the one that is no longer wanted."""
@@ -72,8 +78,19 @@ class StateSaver:
     def _remove(self, file: Path) -> None:
         folder = state_folder(file)
         if (folder / state.MANIFEST).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
+            gone = folder.with_name(f".{folder.name}{GONE}")  # a kill must not leave half a state under its name
+            folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
             log.info("removed %s (only the last ones are kept)", folder)
+
+
+def remove_abandoned(saver: Saver) -> None:
+    """Remove what a killed run of this name left half written or half removed."""
+    for stem in {path.stem for path in (saver.final_path(), saver.step_path(0), saver.epoch_path(0))}:
+        name = stem.partition("-step0000")[0].removesuffix("-000000")
+        for ending in (GONE, f".*{MARK}"):
+            for left in saver.folder.glob(f".{glob.escape(name)}*-state{ending}"):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def state_folder(file: Path) -> Path:

@@ -186,3 +186,15 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(train, family
     assert begun == sorted(begun), "a kill loses no state"
     assert begun[-1] > 0, "some kills came after a state was saved"
     assert not differing(whole.tensors, Trained(tmp_path / "killed", tuple(argv)).tensors)
+
+
+def test_what_a_killed_run_left_half_is_removed_by_the_next(train, config):
+    run = train(config, "--max_train_steps", 1, name="run")
+    left = [run.folder / "out" / name for name in (".lora-step00000003-state.4711.part", ".lora-000002-state.gone")]
+    for folder in left:
+        (folder / "some").mkdir(parents=True)
+    other = run.folder / "out" / ".dog-step00000003-state.4711.part"
+    other.mkdir()
+    train(config, "--max_train_steps", 1, "--save_state", name="run")
+    assert not any(folder.exists() for folder in left)
+    assert other.exists(), "of another run"
