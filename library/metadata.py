@@ -69,15 +69,15 @@ FROM_OPTIONS: Mapping[str, str] = {
     "ss_huber_scale": "loss.huber_scale",
     "ss_huber_c": "loss.huber_c",
     "ss_v2": "model.v2",
+    "ss_validation_seed": "validation.validation_seed",
+    "ss_validation_split": "validation.validation_split",
+    "ss_max_validation_steps": "validation.max_validation_steps",
+    "ss_validate_every_n_epochs": "validation.validate_every_n_epochs",
+    "ss_validate_every_n_steps": "validation.validate_every_n_steps",
 }
 NOT_OFFERED: Mapping[str, Any] = {  # keys of options that this version refuses, with the value for "off"
     "ss_fp8_base": False,
     "ss_fp8_base_unet": False,
-    "ss_validation_seed": None,
-    "ss_validation_split": 0.0,
-    "ss_max_validation_steps": None,
-    "ss_validate_every_n_epochs": None,
-    "ss_validate_every_n_steps": None,
 }
 # only in runs without a dataset config: with one, these hold per dataset and stand in ss_datasets
 FROM_OPTIONS_WITHOUT_CONFIG: Mapping[str, str] = {

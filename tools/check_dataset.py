@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from library.dataset.scan import Sample
 
 GOOD, HAS_ERRORS, WRONG_USE = 0, 1, 2  # exit codes
-SHOWN = ("dataset", "captions", "masks")  # groups in --help
+SHOWN = ("dataset", "captions", "masks", "validation")  # groups in --help
 BUCKET_STEP_MULTIPLE = 64  # of SD 1.x and 2.x
 
 
@@ -50,15 +50,15 @@ def check(read: CommandLine) -> int:
     from library.errors import OptionError
 
     options, wanted = read.options, {name: Path(value) for name, value in read.own.items() if value}
-    configs = config.load(options.dataset, options.captions, options.masks, bucket_step_multiple=BUCKET_STEP_MULTIPLE)
+    groups = (options.dataset, options.captions, options.masks, options.validation)
+    configs = config.load(*groups, bucket_step_multiple=BUCKET_STEP_MULTIPLE)
     found = scan(configs)
-    problems = list(found.problems)
+    problems, samples = list(found.problems), found.samples + found.validation
     try:
-        check_masked_loss(options.masks.masked_loss, found.samples)
+        check_masked_loss(options.masks.masked_loss, samples)
     except OptionError as error:
         problems.append(Problem("error", configs[0].subsets[0].source, str(error)))
 
-    samples = found.samples
     coverages = inspection.read_masks(samples, wanted.get("masks")) if wanted else None
     if coverages is not None:
         problems += inspection.mask_problems(samples, coverages)
@@ -67,7 +67,7 @@ def check(read: CommandLine) -> int:
     if "json" in wanted and coverages is not None:
         inspection.write_json(inspection.as_json(found, coverages, problems), wanted["json"])
 
-    print(*summary.lines(configs, samples), sep="\n")
+    print(*summary.lines(configs, found.samples, found.validation), sep="\n")
     mean = inspection.mean_weight(samples, coverages) if coverages is not None else None
     print(summary.mask_line(samples, mean_weight=mean))
     if coverages is not None and (line := inspection.coverage_line(samples, coverages)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from library.options.captions import CaptionOptions
     from library.options.dataset import DatasetOptions
     from library.options.masks import MaskOptions
+    from library.options.validation import ValidationOptions
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class SubsetConfig:
     conditioning_data_dir: Path | None = None  # the folder of mask images
     missing_mask: Literal["error", "train_all", "skip"] = "error"
     diff_output_preservation: bool = False  # the target is what the model predicts without the trained network
+    validation_split: float = 0.0  # share of the images that is held back from training, from 0 to 1
+    validation_seed: int | None = None  # of the choice; None: the names choose
     metadata_file: Path | None = None  # lists the images and their captions, instead of all files of the folder
 
     @property
@@ -93,21 +96,27 @@ class DatasetConfig:
 
 
 def load(
-    dataset: DatasetOptions, captions: CaptionOptions, masks: MaskOptions, *, bucket_step_multiple: int = 64
+    dataset: DatasetOptions,
+    captions: CaptionOptions,
+    masks: MaskOptions,
+    validation: ValidationOptions | None = None,
+    *,
+    bucket_step_multiple: int = 64,
 ) -> tuple[DatasetConfig, ...]:
     """Return the datasets of --dataset_config, or else of --in_json, or of --train_data_dir and --reg_data_dir.
 
     Args:
-        dataset: the dataset options; like the other two, what the file leaves open.
+        dataset: the dataset options; like the other three, what the file leaves open.
         captions: the caption options.
         masks: the mask options.
+        validation: the validation options; None: nothing is held back unless the file says so.
         bucket_step_multiple: what bucket_reso_steps must be a multiple of: 64 for SD 1.x and 2.x, 32 for SDXL and SD3.
 
     Raises:
         OptionError: a key is unknown or wrong, or values contradict each other.
         DataError: a file or folder is missing.
     """
-    command_line = _command_line(dataset, captions, masks)
+    command_line = _command_line(dataset, (captions, masks, *(() if validation is None else (validation,))))
     if dataset.dataset_config is None:
         of_command_line = _from_metadata_file if dataset.in_json else _from_folders
         return (of_command_line(dataset, command_line, bucket_step_multiple),)
@@ -117,9 +126,9 @@ def load(
     return _from_file(Path(dataset.dataset_config), command_line, dataset.prior_loss_weight, bucket_step_multiple)
 
 
-def _command_line(dataset: DatasetOptions, captions: CaptionOptions, masks: MaskOptions) -> Level:
+def _command_line(dataset: DatasetOptions, others: Sequence[Any]) -> Level:
     own_names = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
-    given = {name: value for group in (dataset, captions, masks) for name, value in vars(group).items()}
+    given = {name: value for group in (dataset, *others) for name, value in vars(group).items()}
     given |= {"batch_size": dataset.train_batch_size, "num_repeats": dataset.dataset_repeats}
     values: dict[str, Any] = {}
     for key in (*DATASET_KEYS, *SUBSET_KEYS):
@@ -199,7 +208,8 @@ def _resolve_dataset(
     place: str, tables: Sequence[Level], inherited: Sequence[Level], prior_loss_weight: float, bucket_step_multiple: int
 ) -> DatasetConfig:
     values = {key: value for key in DATASET_KEYS if (value := _find(key, inherited)) is not None}
-    _refuse_unsupported(place, values)
+    if values.get("network_multiplier", 1) != 1:
+        log.warning("%s: network_multiplier has no effect", place)
     if "resolution" not in values:
         raise OptionError(f"{place} has no resolution. Set resolution = 512 there, or --resolution=512.")
     is_bucketed = values.get("enable_bucket", False)
@@ -239,20 +249,15 @@ def _resolve_subset(table: Level, index: int, inherited: Sequence[Level], *, is_
     values |= values.pop("custom_attributes", {})
     if is_bucketed and values.pop("face_crop_aug_range", None):
         log.warning("%s: face_crop_aug_range has no effect with enable_bucket", table.place)
+    share = values.get("validation_split", 0)
+    if not 0 <= share <= 1:
+        log.warning("%s: validation_split %s is not from 0 to 1: nothing is held back", table.place, share)
+    if not 0 <= share <= 1 or table.values.get("is_reg"):
+        values["validation_split"] = 0.0
     image_dir = table.values.get("image_dir")
     if image_dir is None:  # only with a metadata file
         image_dir = values["metadata_file"].parent
     return SubsetConfig(image_dir=image_dir, index=index, **values)
-
-
-def _refuse_unsupported(place: str, values: Mapping[str, Any]) -> None:
-    if values.get("validation_split"):
-        raise OptionError(
-            f"{place}: validation_split is {values['validation_split']}, but validation is not supported in this "
-            "version: no part of the dataset is held back. Set it to 0 or leave it out."
-        )
-    if values.get("network_multiplier", 1) != 1:
-        log.warning("%s: network_multiplier has no effect", place)
 
 
 def _with_valid_sizes(place: str, config: DatasetConfig, bucket_step_multiple: int) -> DatasetConfig:

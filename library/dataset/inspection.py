@@ -142,9 +142,10 @@ def coverage_line(samples: Sequence[Sample], coverages: Sequence[Coverage | Data
 def as_json(
     found: Scan, coverages: Sequence[Coverage | DataError], problems: Sequence[Problem]
 ) -> dict[str, list[Any]]:
-    """Return all findings as plain values: "images", "buckets", "problems"."""
+    """Return all findings as plain values: "images", those held back last, "buckets" of training, "problems"."""
+    samples = found.samples + found.validation
     return {
-        "images": [_image(sample, coverage) for sample, coverage in zip(found.samples, coverages, strict=True)],
+        "images": [_image(sample, coverage) for sample, coverage in zip(samples, coverages, strict=True)],
         "buckets": [
             {"resolution": list(size), "count": count} for size, count in summary.bucket_counts(found.samples).items()
         ],
@@ -164,6 +165,7 @@ def _image(sample: Sample, coverage: Coverage | DataError) -> dict[str, Any]:
         "size": list(sample.transform.source),
         "caption": captions.preview(sample.captions, sample.subset),
         "is_reg": sample.is_reg,
+        "is_validation": sample.is_validation,
         "num_repeats": sample.num_repeats,
         "bucket": list(sample.transform.target),
         "resized": list(sample.transform.resized),

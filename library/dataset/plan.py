@@ -122,6 +122,26 @@ def make_plan(
     return RunPlan(buckets, seed, gradient_accumulation_steps, process_index, num_processes)
 
 
+def validation_batches(
+    configs: Sequence[DatasetConfig], samples: Sequence[Sample], *, first_index: int, limit: int | None, step: int
+) -> list[tuple[Draw, ...]]:
+    """Return the batches in which samples that are held back are looked at, by bucket and name.
+
+    Args:
+        configs: of the datasets.
+        samples: held back.
+        first_index: of the first of samples, among all images of the run.
+        limit: the most batches, spread evenly over all; None takes all.
+        step: stands in each draw: token warm-up is as far as after so many optimizer steps.
+    """
+    batches = []
+    for bucket in group_by_bucket(configs, samples):
+        drawn = [Draw(first_index + index, repeat=0, epoch=1, step=step) for index in bucket.samples]
+        batches += [tuple(drawn[i : i + bucket.batch_size]) for i in range(0, len(drawn), bucket.batch_size)]
+    count = len(batches) if limit is None else min(limit, len(batches))
+    return [batches[i * len(batches) // count] for i in range(count)]
+
+
 def group_by_bucket(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[Bucket]:
     """Return the buckets that hold samples, by dataset, then size."""
     members: dict[tuple[int, Size], list[int]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from library.dataset import buckets, captions, files, metadata_file, pairing
+from library.dataset import buckets, captions, files, metadata_file, pairing, split
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
 from library.dataset.geometry import Size, Transform
@@ -33,14 +33,16 @@ class Sample:
     orientation: int  # EXIF, 1 to 8
     transform: Transform  # into the bucket, cut in the middle
     mask: MaskSource
+    is_validation: bool = False  # held back from training; num_repeats is 1 then
 
 
 @dataclass(frozen=True)
 class Scan:
     """What a dataset holds: the samples that can be trained on, and the problems."""
 
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...]  # trained on
     problems: tuple[Problem, ...]
+    validation: tuple[Sample, ...] = ()  # held back
 
 
 @dataclass
@@ -60,16 +62,42 @@ class _Findings:
 def scan(configs: Sequence[DatasetConfig]) -> Scan:
     """Return the samples of all datasets in the order of subsets and names, and all problems found."""
     findings = _Findings()
-    samples: list[Sample] = []
+    found: list[list[Sample]] = []
     for number, config in enumerate(configs):
-        found = [_scan_subset(config, subset, number, findings) for subset in config.subsets]
-        samples += _balanced([sample for subset in found for sample in subset])
+        found.append([sample for subset in config.subsets for sample in _scan_subset(config, subset, number, findings)])
         if all(subset.is_reg for subset in config.subsets):
             folder = config.subsets[0].source
             message = f"{folder}: datasets[{number}] has only regularisation images. Add a subset without is_reg."
             findings.error(folder, message)
     findings.problems += _surplus_masks(findings)
-    return Scan(tuple(samples), tuple(dict.fromkeys(findings.problems)))  # two datasets may share a folder
+    samples, validation = _divided(found, findings)
+    problems = tuple(dict.fromkeys(findings.problems))  # two datasets may share a folder
+    return Scan(tuple(samples), problems, tuple(validation))
+
+
+def _divided(datasets: Sequence[Sequence[Sample]], findings: _Findings) -> tuple[list[Sample], list[Sample]]:
+    """Return the samples to be trained on, balanced, and those held back.
+
+    An image that is held back anywhere is trained on nowhere, whatever way its folder is named in another subset.
+    """
+    validation = [sample for samples in datasets for sample in samples if sample.is_validation]
+    if not validation:
+        return [sample for samples in datasets for sample in _balanced(samples)], []
+    folders = {folder: folder.resolve() for folder in {s.path.parent for samples in datasets for s in samples}}
+
+    def identity(sample: Sample) -> Path:
+        return folders[sample.path.parent] / sample.path.name
+
+    held = {identity(sample) for sample in validation}
+    trained: list[Sample] = []
+    for samples in datasets:
+        trained += _balanced([sample for sample in samples if identity(sample) not in held])
+    shared = {s.path for samples in datasets for s in samples if identity(s) in held and not s.is_validation}
+    for path in sorted(shared):
+        joint = Joint("images are held back for validation in one subset, so others do not train on them", path.name)
+        message = f"{path}: held back for validation in one subset, so no other trains on it."
+        findings.problems.append(Problem("warning", path, message, joint))
+    return trained, validation
 
 
 def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, findings: _Findings) -> list[Sample]:
@@ -82,6 +110,13 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
         return []
     readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
+    held = split.held_back(readable, subset.validation_split, subset.validation_seed)
+    if subset.validation_split and len(held) in (0, len(readable)):
+        message = (
+            f"{subset.source}: validation_split {subset.validation_split:g} holds back "
+            f"{'all' if held else 'none'} of {len(readable)} images."
+        )
+        findings.problems.append(Problem("warning", subset.source, message))
     return [
         Sample(
             path=image,
@@ -89,10 +124,11 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
             subset=subset,
             dataset=dataset,
             is_reg=subset.is_reg,
-            num_repeats=subset.num_repeats,
+            num_repeats=1 if image in held else subset.num_repeats,
             orientation=headers[image].orientation,
             transform=buckets.assign(config, subset, headers[image].size),
             mask=masks[image],
+            is_validation=image in held,
         )
         for image in readable
         if image in texts and image in masks

@@ -126,8 +126,6 @@ DATASET_KEYS: Mapping[str, Reader] = {
     "bucket_reso_steps": _whole(8),
     "bucket_no_upscale": _flag,
     "network_multiplier": _any_number,
-    "validation_split": _any_number,
-    "validation_seed": _whole_of_any_sign,
 }
 """Keys of [general] and [[datasets]]."""
 
@@ -158,6 +156,8 @@ SUBSET_KEYS: Mapping[str, Reader] = {
     "alpha_mask": _flag,
     "conditioning_data_dir": _path,
     "missing_mask": _choice(MISSING_MASK_RULES),
+    "validation_split": _any_number,
+    "validation_seed": _whole_of_any_sign,
 }
 """Keys of [general], [[datasets]] and [[datasets.subsets]]."""
 

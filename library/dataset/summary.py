@@ -112,8 +112,8 @@ def mask_line(samples: Sequence[Sample], *, mean_weight: float | None = None) ->
     )
 
 
-def lines(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[str]:
-    """Return what training would see, in words: datasets, subsets and buckets, a line each."""
+def lines(configs: Sequence[DatasetConfig], samples: Sequence[Sample], validation: Sequence[Sample] = ()) -> list[str]:
+    """Return what training would see, in words: datasets, subsets and buckets, a line each; and what is held back."""
     buckets = group_by_bucket(configs, samples)
     told = []
     for number, config in enumerate(configs):
@@ -122,7 +122,11 @@ def lines(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[s
             f"dataset {number}: {_size(config.resolution)}, {_buckets_in_words(config)}, batch size {config.batch_size}"
         )
         told += [
-            _subset_line(subset, [sample for sample in own if sample.subset.index == subset.index])
+            _subset_line(
+                subset,
+                [sample for sample in own if sample.subset.index == subset.index],
+                [s for s in validation if (s.dataset, s.subset.index) == (number, subset.index)],
+            )
             for subset in config.subsets
         ]
         for bucket in buckets:
@@ -137,6 +141,8 @@ def lines(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[s
         f"an epoch: {_number(len(samples), 'image')}, {num_draws} with repeats, in "
         f"{_number(num_batches, 'batch', 'batches')}"
     )
+    if validation:
+        told.append(f"held back for validation: {_number(len(validation), 'image')}")
     turned = sum(sample.orientation != 1 for sample in samples)
     if turned:
         told.append(f"turned upright as their EXIF orientation says: {_number(turned, 'image')}")
@@ -152,15 +158,16 @@ def _buckets_in_words(config: DatasetConfig) -> str:
     return f"buckets in steps of {config.bucket_reso_steps}, {limits}"
 
 
-def _subset_line(subset: SubsetConfig, samples: Sequence[Sample]) -> str:
-    kinds = Counter(sample.mask.kind for sample in samples)
+def _subset_line(subset: SubsetConfig, samples: Sequence[Sample], validation: Sequence[Sample]) -> str:
+    kinds = Counter(sample.mask.kind for sample in (*samples, *validation))
     masks = [f"masks from {subset.conditioning_data_dir}: {kinds['file']}"] if subset.conditioning_data_dir else []
     masks += [f"alpha masks: {kinds['alpha']}"] if subset.alpha_mask else []
     kind = "regularisation, " if subset.is_reg else ""
     kind += "output preserved, " if subset.diff_output_preservation else ""
+    held_back = f", {len(validation)} held back" if validation else ""
     return (
         f"  subset {subset.index}: {subset.source}: {kind}{_number(len(samples), 'image')} "
-        f"with {_number(subset.num_repeats, 'repeat')}, {'; '.join(masks) or 'no masks'}"
+        f"with {_number(subset.num_repeats, 'repeat')}{held_back}, {'; '.join(masks) or 'no masks'}"
     )
 
 

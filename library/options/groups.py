@@ -22,6 +22,7 @@ from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.schedule import ScheduleOptions
 from library.options.training import TrainingOptions
+from library.options.validation import ValidationOptions
 from library.options.values import Declared
 
 
@@ -42,6 +43,7 @@ class Options:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     saving: SavingOptions = field(default_factory=SavingOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
 
@@ -60,6 +62,7 @@ GROUPS: Mapping[str, type] = {
     "training": TrainingOptions,
     "saving": SavingOptions,
     "sampling": SamplingOptions,
+    "validation": ValidationOptions,
     "logging": LoggingOptions,
     "metadata": MetadataOptions,
 }

@@ -10,7 +10,6 @@ from library.options.values import Declared
 
 _DATA = "images are described by --dataset_config or --train_data_dir, with captions in files beside them"
 _HUB = "files are not uploaded by this version; upload the saved file afterwards"
-_VALIDATION = "the loss on held-out images is not computed by this version"
 _DEEPSPEED = "DeepSpeed is not supported by this version; accelerate's data parallelism is"
 _FP8 = "frozen weights are kept in the format of --mixed_precision; float8 is not supported by this version"
 
@@ -42,11 +41,6 @@ REFUSED = (
     Elsewhere("save_state_to_huggingface", bool, False, _HUB),
     Elsewhere("resume_from_huggingface", bool, False, _HUB),
     Elsewhere("async_upload", bool, False, _HUB),
-    Elsewhere("validation_split", float, 0.0, _VALIDATION),
-    Elsewhere("validation_seed", int, None, _VALIDATION),
-    Elsewhere("validate_every_n_steps", int, None, _VALIDATION),
-    Elsewhere("validate_every_n_epochs", int, None, _VALIDATION),
-    Elsewhere("max_validation_steps", int, None, _VALIDATION),
     Elsewhere("deepspeed", bool, False, _DEEPSPEED),
     Elsewhere("zero_stage", int, 2, _DEEPSPEED),
     Elsewhere("offload_optimizer_device", str, None, _DEEPSPEED),

@@ -10,9 +10,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from torch import Tensor
 from torch.optim import Optimizer
 
-from library.dataset.plan import RunPlan
+from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
 from library.options import public_values
 from library.training import data as training_data
@@ -30,8 +31,10 @@ from library.training.state import Contents, Manifest, Resumed
 from library.training.states import StateSaver
 from library.training.step import Step
 from library.training.trackers import Trackers
+from library.training.validation import Validator, timesteps_of
 
 if TYPE_CHECKING:
+    from library.batch import Batch
     from library.cache.store import LatentStore
     from library.models.family import ModelFamily, Parts
     from library.options import Options
@@ -69,6 +72,7 @@ class Live:
             scheduler=self.scheduler.state_dict(),
             scaler=None if self.scaler is None else self.scaler.state_dict(),
             history=self.history.as_plain(),
+            validations=self.history.validations_as_plain(),
         )
 
     def restore(self, resumed: Resumed) -> None:
@@ -86,6 +90,7 @@ class Live:
         if self.scaler is not None and contents.scaler is not None:
             self.scaler.load_state_dict(contents.scaler)
         self.history.replay(contents.history)
+        self.history.replay_validations(contents.validations)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
     if options.training.gradient_checkpointing:
         setting.family.enable_gradient_checkpointing(parts, trained.is_text_trained)
         trained.enable_gradient_checkpointing()
-    if any(sample.subset.diff_output_preservation for sample in setting.checked.data.samples):
+    if any(sample.subset.diff_output_preservation for sample in setting.checked.data.all_samples):
         with trained.untrained():  # a network that cannot be switched off is refused here, not in the middle
             log.info("diff_output_preservation: batches with such images predict twice")
     if options.training.torch_compile:
@@ -168,6 +173,10 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
         live.restore(setting.checked.resumed)
     metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
     images_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
+
+    def latents_of(batch: Batch) -> Tensor:
+        return images_of(batch.images, batch.latents)
+
     saver = Saver(options.saving, trained.save, metadata.at, num_epochs, accelerator.is_main_process)
     return Run(
         accelerator=accelerator,
@@ -181,11 +190,12 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
         plan=plan,
         max_train_steps=setting.max_train_steps,
         max_grad_norm=options.optimizer.max_grad_norm,
-        latents_of=lambda batch: images_of(batch.images, batch.latents),
+        latents_of=latents_of,
         learning_rates=lambda: learning_rates(optimizer, groups.descriptions),
         saver=saver,
         states=StateSaver(options.saving, saver, state_writer(setting, live), accelerator.is_main_process),
         sampler=make_sampler(setting, parts, trained),
+        validator=make_validator(setting, store, accelerator.unwrap_model(step), latents_of),
         trackers=trackers,
         history=history,
         steps_done=setting.steps_done,
@@ -222,6 +232,37 @@ def make_sampler(setting: Setting, parts: Parts, trained: trainee.NetworkTrainee
             zero_terminal_snr=options.noise.zero_terminal_snr,
             modules=trained.modules,
         ),
+    )
+
+
+def make_validator(
+    setting: Setting, store: LatentStore | None, step: Step, latents_of: Callable[[Batch], Tensor]
+) -> Validator | None:
+    """Return what measures the loss on the images that are held back, None where there are none."""
+    options, data, accelerator = setting.options, setting.checked.data, setting.accelerator
+    if not data.validation:
+        return None
+    wanted = options.validation
+    batches = validation_batches(
+        data.configs,
+        data.validation,
+        first_index=len(data.samples),
+        limit=wanted.max_validation_steps,
+        step=setting.max_train_steps,
+    )
+    numbers = range(accelerator.process_index, len(batches), accelerator.num_processes)
+    own = [batches[number] for number in numbers]
+    seed = setting.plan.seed if wanted.validation_seed is None else wanted.validation_seed
+    return Validator(
+        accelerator=accelerator,
+        step=step,
+        latents_of=latents_of,
+        batches=training_data.load_validation(data, options, own, seed, store, setting.family, setting.max_train_steps),
+        numbers=numbers,
+        timesteps=timesteps_of(options.noise),
+        seed=seed,
+        every_n_epochs=wanted.validate_every_n_epochs or 1,
+        every_n_steps=wanted.validate_every_n_steps,
     )
 
 

@@ -13,24 +13,30 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 44  # room around the plot for numbers an
 MAX_POINTS = 1200  # of one line; more cannot be told apart at this width
 
 
-def loss_chart(losses: Sequence[tuple[int, float]]) -> str:
-    """Return the SVG of a loss curve: every step thin, the smoothed curve thick.
+def loss_chart(losses: Sequence[tuple[int, float]], validations: Sequence[tuple[int, float]] = ()) -> str:
+    """Return the SVG of a loss curve: every step thin, the smoothed curve thick, that of images held back beside it.
 
     Args:
         losses: (step, loss), steps rising; losses that are no numbers are left out.
+        validations: (step, loss) on images that are held back, steps rising, likewise.
     """
     points: list[Point] = [(float(step), loss) for step, loss in losses if math.isfinite(loss)]
     if not points:
         return ""
     smooth = smoothed(points)
-    ceiling = max(max(y for _, y in smooth) * 1.05, quantile([y for _, y in points], 0.99))
+    held_back: list[Point] = [(float(step), loss) for step, loss in validations if math.isfinite(loss)]
+    highest = max(y for _, y in [*smooth, *held_back])
+    ceiling = max(highest * 1.05, quantile([y for _, y in points], 0.99))
     num_above = sum(y > ceiling for _, y in points)
     label = (
         f"Loss over {len(points)} steps: smoothed {_number(smooth[0][1])} at first, {_number(smooth[-1][1])} at last."
     )
-    plot = Plot((points[0][0], points[-1][0]), (min(y for _, y in points), ceiling), HEIGHT, "loss")
+    if held_back:
+        label += f" Of images held back: {_number(held_back[0][1])} at first, {_number(held_back[-1][1])} at last."
+    plot = Plot((points[0][0], points[-1][0]), (min(y for _, y in [*points, *held_back]), ceiling), HEIGHT, "loss")
     note = f"{num_above} higher values are cut off" if num_above else ""
-    return plot.svg([("raw", points), ("smooth", smooth)], label, "step", note)
+    lines = [("raw", points), ("smooth", smooth)] + ([("validation", held_back)] if held_back else [])
+    return plot.svg(lines, label, "step", note)
 
 
 def rate_chart(rates: Sequence[tuple[int, float]]) -> str:

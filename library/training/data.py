@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from library.cache.store import LatentStore
     from library.dataset.config import DatasetConfig
-    from library.dataset.plan import RunPlan
+    from library.dataset.plan import Draw, RunPlan
     from library.dataset.scan import Sample
     from library.models.family import ModelFamily, Parts
     from library.options import Options
@@ -33,10 +33,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on."""
+    """What is trained on, and what is held back."""
 
     configs: tuple[DatasetConfig, ...]
     samples: tuple[Sample, ...]
+    validation: tuple[Sample, ...] = ()  # never trained on
+
+    @property
+    def all_samples(self) -> tuple[Sample, ...]:
+        """Return both: the indices of latents are those of this list."""
+        return self.samples + self.validation
 
 
 def read(options: Options, bucket_step_multiple: int) -> Data:
@@ -44,16 +50,27 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
 
     Raises: OptionError or DataError for the first thing that is wrong.
     """
-    configs = config.load(options.dataset, options.captions, options.masks, bucket_step_multiple=bucket_step_multiple)
+    configs = config.load(
+        options.dataset,
+        options.captions,
+        options.masks,
+        options.validation,
+        bucket_step_multiple=bucket_step_multiple,
+    )
     found = scan.scan(configs)
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
-    scan.check_masked_loss(options.masks.masked_loss, found.samples)
+    scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if not found.samples:
-        raise OptionError("The dataset has no image to train on: every one was left out.")
-    return Data(configs, found.samples)
+        reason = "every one is held back. Lower validation_split" if found.validation else "every one was left out"
+        raise OptionError(f"The dataset has no image to train on: {reason}.")
+    if not found.validation:
+        for name in ("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+            if getattr(options.validation, name) is not None:
+                log.warning("--%s has no effect: no image is held back, see --validation_split", name)
+    return Data(configs, found.samples, found.validation)
 
 
 def make_plan(data: Data, options: Options, seed: int, process: tuple[int, int]) -> RunPlan:
@@ -101,7 +118,7 @@ def cache(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    return latents.build_store(data.samples, settings, encoder(family, parts), wait=accelerator.wait_for_everyone)
+    return latents.build_store(data.all_samples, settings, encoder(family, parts), wait=accelerator.wait_for_everyone)
 
 
 def latents_of(family: ModelFamily, parts: Parts, batch_size: int) -> Callable[[Tensor | None, Tensor | None], Tensor]:
@@ -129,7 +146,23 @@ def load(
 ) -> BatchLoader:
     """Return the endless batches of this process, from the first one after steps_done."""
     settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight)
-    images = DrawnImages(data.samples, settings, tokenize=family.tokenize, store=store)
+    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=store)
     batches = run_plan.batches(run_plan.first_batch_of(steps_done))
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
+    return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+
+def load_validation(
+    data: Data,
+    options: Options,
+    batches: Sequence[tuple[Draw, ...]],
+    seed: int,
+    store: LatentStore | None,
+    family: ModelFamily,
+    max_train_steps: int,
+) -> BatchLoader:
+    """Return the batches given, of images that are held back; each pass over them gives the same."""
+    settings = LoaderSettings(seed, max_train_steps)
+    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=store)
+    num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1, len(batches))
     return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())

@@ -93,7 +93,7 @@ def facts_of(options: Options, data: Data, plan: RunPlan) -> DatasetFacts:
     return DatasetFacts(
         num_train_images=repeats[False],
         num_reg_images=repeats[True],
-        num_validation_images=0,
+        num_validation_images=len(data.validation),
         num_batches_per_epoch=plan.batches_per_epoch,
         total_batch_size=options.dataset.train_batch_size * plan.num_processes,
         is_from_config=options.dataset.dataset_config is not None,

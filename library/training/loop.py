@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from library.errors import DataError
 from library.progress import progress
 from library.training import draws, interrupts, optimizers, schedules
-from library.training.metrics import LossHistory, LossReader, LossRecord, StepLosses
+from library.training.metrics import LossHistory, LossReader, LossRecord, StepLosses, ValidationRecord
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from library.training.states import StateSaver
     from library.training.trackers import Trackers
     from library.training.trainee import Trainee
+    from library.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Run:
     saver: Saver
     states: StateSaver
     sampler: Sampler | None
+    validator: Validator | None
     trackers: Trackers
     history: LossHistory
     reader: LossReader
@@ -177,19 +179,23 @@ def mean_loss(run: Run, losses: list[Tensor]) -> float:
 
 
 def after_step(run: Run, place: Place) -> None:
-    """Save and sample where due; epochs after the steps that end them."""
+    """Validate, save and sample where due; epochs after the steps that end them."""
     is_last = place.step == run.max_train_steps
     is_epoch_end = place.is_epoch_end or is_last
     is_save_due = run.saver.is_step_due(place.step) and not is_last
     is_epoch_save_due = place.is_epoch_end and run.saver.is_epoch_due(place.epoch)
-    is_sample_due = run.sampler is not None and run.sampler.is_due(place.epoch if is_epoch_end else None, place.step)
-    if is_save_due or is_epoch_save_due or is_sample_due:
+    epoch = place.epoch if is_epoch_end else None
+    is_sample_due = run.sampler is not None and run.sampler.is_due(epoch, place.step)
+    is_validation_due = run.validator is not None and run.validator.is_due(epoch, place.step)
+    if is_save_due or is_epoch_save_due or is_sample_due or is_validation_due:
         report(run, run.reader.drain())  # a broken loss must stop the run before it is saved
+    if is_validation_due:  # before the state is saved, which keeps what is measured
+        validate(run, place, epoch)
     if is_save_due or is_epoch_save_due:
         with run.history.paused():
             save(run, place, is_save_due=is_save_due, is_epoch_save_due=is_epoch_save_due)
     if is_sample_due:
-        sample(run, place.epoch if is_epoch_end else None, place.step)
+        sample(run, epoch, place.step)
     if place.is_epoch_end:
         report(run, run.reader.drain())
         run.trackers.log_epoch(place.epoch, place.step, run.history.epoch_average(place.epoch))
@@ -215,6 +221,22 @@ def sample(run: Run, epoch: int | None, step: int) -> None:
     with run.history.paused(), evaluating(run):
         paths = run.sampler.sample(epoch, step)
     run.trackers.log_images(paths, step)
+
+
+def validate(run: Run, place: Place, epoch: int | None) -> None:
+    """Measure the loss on the images held back, in evaluation mode; epoch is the one that ends, if one does."""
+    assert run.validator is not None
+    with run.history.paused(), evaluating(run):
+        loss = run.validator.run()
+    record = ValidationRecord(place.step, place.epoch, loss, run.history.average)
+    run.history.validations.append(record)
+    log.info(
+        "validation after step %d: loss %.4f, training %.4f (%+.4f)",
+        *(record.step, record.loss, record.training_loss, record.divergence),
+    )
+    run.trackers.log_validation(
+        record, is_step_due=run.validator.is_step_due(place.step), is_epoch_due=run.validator.is_epoch_due(epoch)
+    )
 
 
 @contextmanager

@@ -33,6 +33,21 @@ class LossRecord:
 
 
 @dataclass(frozen=True)
+class ValidationRecord:
+    """What was measured on the images that are held back."""
+
+    step: int  # optimizer steps done
+    epoch: int  # 1-based: that of the last step
+    loss: float
+    training_loss: float  # the mean over the last epoch's worth of steps
+
+    @property
+    def divergence(self) -> float:
+        """By how much the loss is higher than in training."""
+        return self.loss - self.training_loss
+
+
+@dataclass(frozen=True)
 class StepLosses:
     """What one optimizer step leaves on the device."""
 
@@ -125,6 +140,7 @@ class LossHistory:
 
     window: int  # optimizer steps in an epoch
     records: list[LossRecord] = field(default_factory=list)
+    validations: list[ValidationRecord] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)  # as time.monotonic tells it
     num_before: int = 0  # records that begin found
     _recent: deque[float] = field(default_factory=deque)
@@ -163,6 +179,14 @@ class LossHistory:
         """Take records that as_plain made, so that averages go on as if the run had not stopped."""
         for step, epoch, loss, learning_rates, extras in plain:
             self.add(LossRecord(step, epoch, loss, learning_rates, extras, is_stop_wanted=False))
+
+    def validations_as_plain(self) -> list[Any]:
+        """Return what was measured on held-back images as values that JSON can hold."""
+        return [[r.step, r.epoch, r.loss, r.training_loss] for r in self.validations]
+
+    def replay_validations(self, plain: Iterable[Any]) -> None:
+        """Take what validations_as_plain made."""
+        self.validations += [ValidationRecord(*values) for values in plain]
 
     @property
     def seconds(self) -> float:

@@ -41,6 +41,7 @@ class ReportData:
 
     title: str
     losses: Sequence[tuple[int, float, float]]  # (optimizer step, loss, learning rate)
+    validations: Sequence[tuple[int, float]] = ()  # (optimizer step, loss on the images held back)
     samples: Sequence[Sample] = ()
     mask_line: str | None = None  # "masks: 58 of 60 images (57 files, 1 alpha), mean weight 0.43, 2 unmasked"
     mask_sheet: Path | None = None  # a picture of what the masks let through
@@ -63,7 +64,7 @@ def write_report(path: Path, data: ReportData) -> Path:
     """Write the report; return its path. Pictures that are gone are named in it."""
     sections = [
         ("Samples", _samples(data.samples)),
-        ("Loss", _loss(data.losses)),
+        ("Loss", _loss(data.losses, data.validations)),
         ("Masks", _masks(data.mask_line, data.mask_sheet)),
         ("Dataset", table(data.dataset)),
         ("Files", table(_file_rows(data.files))),
@@ -131,6 +132,9 @@ def _header(data: ReportData) -> str:
             ("Steps", f"{data.losses[-1][0]:,}"),
             ("Loss, smoothed", f"{points[0][1]:.3g} → {points[-1][1]:.3g}"),
         ]
+    if data.validations:
+        first, last = data.validations[0][1], data.validations[-1][1]
+        tiles.append(("Validation loss", f"{first:.3g} → {last:.3g}"))
     if data.seconds is not None:
         tiles.append(("Time", duration(data.seconds)))
     if data.step_s is not None:
@@ -172,13 +176,15 @@ def _sample_figure(sample: Sample) -> str:
     return f"<figure>{picture}<figcaption>{escape(when)}</figcaption></figure>"
 
 
-def _loss(losses: Sequence[tuple[int, float, float]]) -> str:
+def _loss(losses: Sequence[tuple[int, float, float]], validations: Sequence[tuple[int, float]]) -> str:
     if not losses:
         return ""
     rates = rate_chart([(step, rate) for step, _, rate in losses])
+    held_back = ' <span class="key validation"></span>images held back' if validations else ""
     return (
-        '<p class="legend"><span class="key smooth"></span>smoothed <span class="key raw"></span>each step</p>'
-        + _scrolled(loss_chart([(step, loss) for step, loss, _ in losses]) + rates, "curves")
+        '<p class="legend"><span class="key smooth"></span>smoothed <span class="key raw"></span>each step'
+        f"{held_back}</p>"
+        + _scrolled(loss_chart([(step, loss) for step, loss, _ in losses], validations) + rates, "curves")
     )
 
 

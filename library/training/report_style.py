@@ -2,9 +2,10 @@
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f27; --quiet: #5b6472; --line: #dfe3ea;
-  --accent: #1f6feb; --faint: #8fb4ee; --rate: #9a6700; }
+  --accent: #1f6feb; --faint: #8fb4ee; --rate: #9a6700;
+  --held-back: #b3362b; }
 @media (prefers-color-scheme: dark) { :root { --page: #0f1218; --card: #181c25; --ink: #e7eaf0; --quiet: #9aa4b5;
-  --line: #2b3240; --accent: #6ea8ff; --faint: #3d5f94; --rate: #e0b050; } }
+  --line: #2b3240; --accent: #6ea8ff; --faint: #3d5f94; --rate: #e0b050; --held-back: #ff8a7a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
@@ -38,11 +39,13 @@ figcaption { margin-top: 6px; }
 .line { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 .raw { stroke: var(--faint); stroke-width: 1; }
 .smooth { stroke: var(--accent); stroke-width: 2.5; }
+.validation { stroke: var(--held-back); stroke-width: 2; }
 .rate { stroke: var(--rate); stroke-width: 2; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .tick, .axis { fill: var(--quiet); font-size: 12px; font-variant-numeric: tabular-nums; }
 .key { display: inline-block; width: 22px; height: 0; margin: 0 6px 4px 0; border-top: 2.5px solid var(--accent);
   vertical-align: middle; }
+.key.validation { border-top: 2px solid var(--held-back); margin-left: 14px; }
 .key.raw { border-top: 1.5px solid var(--faint); margin-left: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; }
 .scroll > table { min-width: 460px; }

@@ -57,6 +57,7 @@ class Reporter:
         content = report.ReportData(
             title=self.options.saving.output_name or FINAL_NAME,
             losses=[(r.step, r.loss, next(iter(r.learning_rates.values()), 0.0)) for r in records],
+            validations=[(r.step, r.loss) for r in run.history.validations],
             samples=sorted(samples, key=lambda sample: (sample.step, sample.index)),
             mask_line=self.mask_line,
             mask_sheet=sheet,
@@ -108,7 +109,7 @@ def machine_facts(device: torch.device, seed: int) -> dict[str, str]:
 def tell_masks(data: Data, store: LatentStore | None) -> str:
     """Log and return how many masks of which source are in use, and what they let through."""
     mean = mean_weight(data, store)
-    line = summary.mask_line(data.samples, mean_weight=mean)
+    line = summary.mask_line(data.all_samples, mean_weight=mean)
     log.info("%s", line)
     if mean == 0:
         log.warning("the masks are black everywhere: nothing of their images is learnt. Are they inverted?")
@@ -123,13 +124,13 @@ def mean_weight(data: Data, store: LatentStore | None) -> float | None:
     """
     if store is not None:
         return store.mean_mask_weight()
-    masked = [sample for sample in data.samples if sample.mask.kind != "none"]
+    masked = [sample for sample in data.all_samples if sample.mask.kind != "none"]
     return images.mean_mask_weight(masked[:: max(1, len(masked) // MOST_DECODED)])
 
 
 def show_dataset(data: Data, options: SavingOptions) -> None:
     """Say what training would see, and draw it where an --output_dir is given: --debug_dataset."""
-    for line in summary.lines(data.configs, data.samples):
+    for line in summary.lines(data.configs, data.samples, data.validation):
         log.info("%s", line)
     tell_masks(data, None)
     if options.output_dir:

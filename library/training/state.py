@@ -57,6 +57,7 @@ class Resumed:
     folder: Path
     manifest: Manifest
     history: list[Any]
+    validations: list[Any]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Contents:
     scheduler: Mapping[str, Any]
     scaler: Mapping[str, Any] | None  # None without fp16
     history: list[Any]  # of losses, plain values
+    validations: list[Any]  # losses on held-back images, plain values
 
 
 def write(folder: Path, manifest: Manifest, contents: Contents) -> None:
@@ -93,6 +95,7 @@ def write(folder: Path, manifest: Manifest, contents: Contents) -> None:
             "num_images": manifest.num_images,
             "options": manifest.options,
             "history": contents.history,
+            "validations": contents.validations,
         }
         (partial / MANIFEST).write_text(json.dumps(told), encoding="utf-8")
         for name in (WEIGHTS, OPTIMIZER, MANIFEST):
@@ -156,7 +159,7 @@ def open_state(place: str) -> Resumed:
             dataset=told["dataset"],
             num_images=told["num_images"],
         )
-        return Resumed(folder, manifest, told["history"])
+        return Resumed(folder, manifest, told["history"], told.get("validations", []))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"--resume {folder}: {MANIFEST} cannot be read ({error}).") from error
 
@@ -170,7 +173,9 @@ def read(resumed: Resumed) -> Contents:
     try:
         live = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         weights = load_file(folder / WEIGHTS)
-        return Contents(weights, live["optimizer"], live["scheduler"], live["scaler"], resumed.history)
+        return Contents(
+            weights, live["optimizer"], live["scheduler"], live["scaler"], resumed.history, resumed.validations
+        )
     except (OSError, RuntimeError, KeyError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"--resume {folder}: the state cannot be read ({error}).") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,17 @@ class Step(nn.Module):
         Returns: (B,) float32, weighted by mask, prior loss weight and signal-to-noise ratio.
         """
         noised = self.objective.noise(self.family.latent_space.normalise(latents))
-        assert batch.tokens is not None, "the loader of a run tokenizes"
         with nullcontext() if self.is_text_trained else torch.no_grad():
-            text = self.family.encode_text(self.parts, batch.tokens)
+            text = self.encode_text(batch)
+        return self.losses_of(batch, noised, text)
+
+    def encode_text(self, batch: Batch) -> Any:
+        """Return what the denoiser is told of a batch's captions."""
+        assert batch.tokens is not None, "the loader of a run tokenizes"
+        return self.family.encode_text(self.parts, batch.tokens)
+
+    def losses_of(self, batch: Batch, noised: Noised, text: Any) -> Tensor:
+        """Return the loss (B,) float32 of each image, weighted, for a batch with noise in place."""
         output = self.family.predict(self.parts, noised.noisy, noised.timesteps, text, batch)
         compared = self.objective.compare(output, noised)  # prediction, target, weight
         if batch.preserved is not None:
@@ -68,7 +76,7 @@ class Step(nn.Module):
             compared = replace(
                 compared, target=torch.where(is_preserved, self.untrained_prediction(batch, noised), compared.target)
             )
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(output.device.type, enabled=False):
             loss = losses.elementwise(
                 compared.prediction,
                 compared.target,

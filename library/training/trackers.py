@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.options.logging import LoggingOptions
-    from library.training.metrics import LossRecord
+    from library.training.metrics import LossRecord, ValidationRecord
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,20 @@ class Trackers:
 
     def log_epoch(self, epoch: int, step: int, average: float) -> None:
         """Log an epoch's mean loss: over epochs in TensorBoard, over steps in wandb, which drops what goes back."""
+        self._log_by_epoch({"loss/epoch_average": average}, epoch, step)
+
+    def log_validation(self, record: ValidationRecord, *, is_step_due: bool, is_epoch_due: bool) -> None:
+        """Log the loss on held-back images under the names of what made it due: a number of steps, an epoch's end."""
+        if self.names and is_step_due:
+            self.accelerator.log(_named("step", record), step=record.step)
+        if is_epoch_due:
+            self._log_by_epoch(_named("epoch", record), record.epoch, record.step)
+
+    def _log_by_epoch(self, values: dict[str, float], epoch: int, step: int) -> None:
         for tracker in self.accelerator.trackers if self.names else ():
             is_by_epoch = tracker.name == "tensorboard"
-            values = {"loss/epoch_average": average} | ({} if is_by_epoch else {"epoch": float(epoch)})
-            tracker.log(values, step=epoch if is_by_epoch else step)
+            told = values if is_by_epoch else {**values, "epoch": float(epoch)}
+            tracker.log(told, step=epoch if is_by_epoch else step)
 
     def log_images(self, paths: list[Path], step: int) -> None:
         """Send preview pictures to the trackers; those of all processes."""
@@ -106,3 +116,8 @@ class Trackers:
                     pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"sample_{index}": pixels}, step=step, **layout)
+
+
+def _named(reason: str, record: ValidationRecord) -> dict[str, float]:
+    names = f"loss/validation/{reason}_average", f"loss/validation/{reason}_divergence"
+    return dict(zip(names, (record.loss, record.divergence), strict=True))

@@ -12,6 +12,7 @@ from library.errors import DataError, OptionError
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
 from library.options.masks import MaskOptions
+from library.options.validation import ValidationOptions
 
 DOCUMENTED = """
 [[datasets.subsets]]
@@ -201,7 +202,7 @@ def test_masks_of_every_kind_may_stand_beside_regularisation_images(read):
         ),
         (one_subset("metadata_file = 3"), r"subsets\[0\]\.metadata_file must be a path as a string, got 3"),
         (one_subset("in_json = 'm.json'"), r"in_json is not a key of a dataset config\. Did you mean metadata_file"),
-        (one_subset(dataset="validation_split = 0.1"), r"no part of the dataset is held back"),
+        (one_subset(dataset="validation_split = 'a'"), r"datasets\[0\]\.validation_split must be a number"),
         ("[[datasets]]\n[[datasets.subsets]]\nis_reg = true", r"subsets\[0\] has no image_dir"),
         ("[[datasets]]\nbatch_size = 1", r"datasets\[0\] has no \[\[datasets\.subsets\]\]"),
         ("[general]\nflip_aug = true", r"there is no \[\[datasets\]\]"),
@@ -400,3 +401,23 @@ def test_no_dataset_at_all_says_how_to_give_one():
 def test_a_config_beats_the_folder_scheme_with_a_warning(read, caplog):
     assert subset_of(read(one_subset(), train_data_dir="elsewhere")) == SubsetConfig(Path("a"))
     assert "--train_data_dir has no effect" in caplog.text
+
+
+def test_a_validation_split_may_stand_at_every_level_and_on_the_command_line(tmp_path):
+    text = (
+        "[[datasets]]\nvalidation_split=0.2\n[[datasets.subsets]]\nimage_dir='a'\nvalidation_split=0\n"
+        "[[datasets.subsets]]\nimage_dir='b'\nvalidation_seed=3\n[[datasets.subsets]]\nimage_dir='r'\nis_reg=true\n"
+        "[[datasets]]\n[[datasets.subsets]]\nimage_dir='c'\n"
+    )
+    path = tmp_path / "d.toml"
+    path.write_text(text, encoding="utf-8")
+    groups = (DatasetOptions(dataset_config=str(path), resolution="512"), CaptionOptions(), MaskOptions())
+    found = load(*groups, ValidationOptions(validation_split=0.5, validation_seed=9))
+    splits = [(subset.validation_split, subset.validation_seed) for config in found for subset in config.subsets]
+    assert splits == [(0, 9), (0.2, 3), (0, 9), (0.5, 9)]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_validation_split_that_is_no_share_holds_nothing_back_and_is_said(read, caplog, share):
+    assert subset_of(read(one_subset(dataset=f"validation_split = {share}"))).validation_split == 0
+    assert f"validation_split {share} is not from 0 to 1: nothing is held back" in caplog.text

@@ -191,13 +191,23 @@ def test_a_refused_option_says_why(option):
 
 
 def test_a_refused_option_at_its_default_is_silently_fine(config):
-    found = read(config("deepspeed = false\nzero_stage = 2\nvalidation_split = 0\nsave_state = false\nresume = ''\n"))
+    found = read(
+        config("deepspeed = false\nzero_stage = 2\nfused_backward_pass = false\nsave_state = false\nresume = ''\n")
+    )
     assert found.warnings == ()
 
 
 def test_a_refused_option_that_is_off_by_a_0_is_silently_fine(config):
-    found = read(config("validate_every_n_steps = 0\n"))
+    found = read(config("fp8_base = 0\n"))
     assert found.warnings == ()
+
+
+def test_intervals_and_limits_of_validation_that_are_0_are_none(config):
+    found = read(config("validate_every_n_steps = 0\nvalidate_every_n_epochs = 0\nmax_validation_steps = 0\n"))
+    validation = found.options.validation
+    assert {validation.validate_every_n_steps, validation.validate_every_n_epochs, validation.max_validation_steps} == {
+        None
+    }
 
 
 def test_a_number_of_states_or_a_first_epoch_of_0_is_none(config):

@@ -226,6 +226,16 @@ def test_a_chart_is_valid_svg_with_names_numbers_and_a_text() -> None:
     assert [path.get("class") for path in chart.iter("path")] == ["line raw", "line smooth"]
 
 
+def test_the_loss_of_images_held_back_is_a_line_of_its_own_that_is_never_cut_off() -> None:
+    losses = [(step, loss) for step, loss, _ in LOSSES]
+    chart = ElementTree.fromstring(charts.loss_chart(losses, [(20, 0.5), (60, float("nan")), (100, 2.5)]))
+    assert [path.get("class") for path in chart.iter("path")][-1] == "line validation"
+    assert "Of images held back: 0.5 at first, 2.5 at last." in chart.get("aria-label")
+    heights = [float(point.split()[1]) for point in list(chart.iter("path"))[-1].get("d")[1:].split("L")]
+    assert len(heights) == 2
+    assert min(heights) >= charts.TOP
+
+
 def test_the_curve_lies_where_the_axis_says() -> None:
     plot = charts.Plot((0, 100), (0.0, 1.0), charts.HEIGHT, "loss")
     assert plot.place(0, 0.0) == (charts.LEFT, charts.HEIGHT - charts.BOTTOM)
