@@ -41,7 +41,6 @@ class ReportData:
 
     title: str
     losses: Sequence[tuple[int, float, float]]  # (optimizer step, loss, learning rate)
-    validations: Sequence[tuple[int, float]] = ()  # (optimizer step, loss on the images held back)
     samples: Sequence[Sample] = ()
     mask_line: str | None = None  # "masks: 58 of 60 images (57 files, 1 alpha), mean weight 0.43, 2 unmasked"
     mask_sheet: Path | None = None  # a picture of what the masks let through
@@ -53,6 +52,7 @@ class ReportData:
     images_per_s: float | None = None
     facts: Mapping[str, str] = field(default_factory=dict)  # base model, device, versions
     is_complete: bool = True  # False: stopped by Ctrl-C
+    validations: Sequence[tuple[int, float]] = ()  # (optimizer step, loss on the images held back)
 
 
 def report_path(options: SavingOptions) -> Path:
