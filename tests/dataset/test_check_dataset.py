@@ -89,6 +89,7 @@ def test_the_findings_as_json_are_what_training_sees(folder):
         "size": [96, 64],
         "caption": "a cat",
         "is_reg": False,
+        "is_validation": False,
         "num_repeats": 3,
         "bucket": [64, 64],
         "resized": [96, 64],
@@ -297,3 +298,16 @@ def test_the_command_runs_from_any_folder(folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0
     assert "an epoch: 4 images" in done.stdout
+
+
+def test_what_is_held_back_is_told_and_listed_last(folder, capsys):
+    out = folder / "out.json"
+    argv = ["--dataset_config", str(folder / "dataset.toml"), "--validation_split", "0.5", "--json", str(out)]
+    assert main(argv) == 0
+    told = capsys.readouterr().out
+    assert "cutouts: 1 image with 1 repeat, 1 held back" in told
+    assert "held back for validation: 1 image" in told
+    assert "masks: 2 of 4 images" in told
+    listed = json.loads(out.read_text(encoding="utf-8"))["images"]
+    assert [entry["is_validation"] for entry in listed] == [False, False, False, True]
+    assert listed[-1]["num_repeats"] == 1
