@@ -165,7 +165,6 @@ def _image(sample: Sample, coverage: Coverage | DataError) -> dict[str, Any]:
         "size": list(sample.transform.source),
         "caption": captions.preview(sample.captions, sample.subset),
         "is_reg": sample.is_reg,
-        "is_validation": sample.is_validation,
         "num_repeats": sample.num_repeats,
         "bucket": list(sample.transform.target),
         "resized": list(sample.transform.resized),
@@ -176,6 +175,7 @@ def _image(sample: Sample, coverage: Coverage | DataError) -> dict[str, Any]:
             "mean_weight": mean,
             "weights": str(weights) if weights else None,
         },
+        **({"is_validation": True} if sample.is_validation else {}),  # only of a split: readers know the other keys
     }
 
 

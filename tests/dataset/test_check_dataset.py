@@ -89,7 +89,6 @@ def test_the_findings_as_json_are_what_training_sees(folder):
         "size": [96, 64],
         "caption": "a cat",
         "is_reg": False,
-        "is_validation": False,
         "num_repeats": 3,
         "bucket": [64, 64],
         "resized": [96, 64],
@@ -309,5 +308,5 @@ def test_what_is_held_back_is_told_and_listed_last(folder, capsys):
     assert "held back for validation: 1 image" in told
     assert "masks: 2 of 4 images" in told
     listed = json.loads(out.read_text(encoding="utf-8"))["images"]
-    assert [entry["is_validation"] for entry in listed] == [False, False, False, True]
+    assert [entry.get("is_validation", False) for entry in listed] == [False, False, False, True]
     assert listed[-1]["num_repeats"] == 1
