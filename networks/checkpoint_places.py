@@ -9,6 +9,7 @@ from torch import Tensor
 
 from library.errors import CheckpointError
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix
+from library.models.clip import OPENCLIP_LAYERS
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
 from library.models.sd import OTHER_FAMILIES
@@ -76,6 +77,8 @@ def _text_places(file: TensorSource, v2: bool) -> Iterator[tuple[str, Place]]:
     layers = 0
     while pattern.format(layers) in shapes:
         layers += 1
+    if v2 and layers == OPENCLIP_LAYERS:
+        layers -= 1  # the last one is there, but SD 2.x does not use its output
     table = clip_layout.openclip_table(layers)
     for path in clip_layout.lora_paths(layers):
         key, third = f"{nested}{path}.weight", None

@@ -38,6 +38,10 @@ def terms_of(loras: Iterable[tuple[LoraFile, float, BlockWeights | None]]) -> di
     """
     terms: dict[str, list[Term]] = {}
     for lora, ratio, weights in loras:
+        if terms and not terms.keys() & lora.modules.keys():
+            log.warning(
+                "%s: has no module in common with the files before it; are they for different models?", lora.path
+            )
         for name, module in lora.modules.items():
             known = terms.setdefault(name, [])
             if known and _size(known[0][0]) != _size(module):
@@ -151,7 +155,7 @@ def report(residuals: Mapping[str, float], advice: str) -> None:
     mean = sum(residuals.values()) / len(residuals)
     log.log(
         logging.WARNING if mean > NOTICEABLE else logging.INFO,
-        "bringing the sum to its rank leaves out %.2f%% of a module on average, at most %.2f%% (%s); %s",
+        "the chosen rank leaves out %.2f%% of a module on average, at most %.2f%% (%s); %s",
         100 * mean,
         100 * residuals[worst],
         worst,

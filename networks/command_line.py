@@ -88,7 +88,7 @@ def run(work: Callable[[Sequence[str]], None], set_up: Callable[[], None], argv:
 def check_output(path: str | None, flag: str = "--save_to") -> Path:
     """Return the path of the file to be written.
 
-    Raises: OptionError where it is missing, is a folder, or has an unknown ending.
+    Raises: OptionError where it is missing, is a folder, has an unknown ending, or cannot be written to.
     """
     if path is None:
         raise OptionError(f"{flag} is missing. Name the file to write, for example {flag} merged.safetensors")
@@ -96,6 +96,12 @@ def check_output(path: str | None, flag: str = "--save_to") -> Path:
         raise OptionError(f"{flag} {path} is a folder. Name a file in it.")
     if Path(path).suffix not in WRITTEN:
         raise OptionError(f"{flag} {path}: the ending must be one of {', '.join(WRITTEN)}.")
+    folder = Path(path).absolute().parent
+    while not folder.exists():  # missing ones are made when the file is written
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "it takes no files from this user" if folder.is_dir() else "it is no folder"
+        raise OptionError(f"{flag} {path}: cannot be written in {folder}: {reason}.")
     return Path(path)
 
 

@@ -86,7 +86,7 @@ def work(argv: Sequence[str]) -> None:
     modules = extraction.extract(models, settings)
     saved = command_line.dtype_of(options.save_precision) or torch.float32
     version = ("sd_v2" if options.v2 else "sd_v1") + ("_v" if options.v_parameterization else "")
-    header = extraction.header(modules, version, settings, save_to, with_modelspec=not options.no_metadata)
+    header = extraction.header(version, settings, save_to, with_modelspec=not options.no_metadata)
     write_lora(save_to, modules, saved, header)
 
 

@@ -17,7 +17,7 @@ from library.progress import progress
 from networks import combining, merging
 from networks.checkpoint_places import Place, places
 from networks.files import StoredModule
-from networks.lora_file import modelspec_of, sizes
+from networks.lora_file import modelspec_of
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def extract(models: Pair, settings: Extraction) -> dict[str, StoredModule]:
     if settings.conv_dim is not None:
         names += [name for name, place in models.found.items() if place.kind == "resnet"]
     text = [name for name, place in models.found.items() if place.kind == "text_encoder"]
-    if any(models.difference(name).abs().max() > settings.min_diff for name in text):
+    if not all(models.difference(name).abs().max() <= settings.min_diff for name in text):  # NaN is no small one
         names = [*text, *names]
     elif text:
         log.info("no weight of the text encoder differs by more than %g: it is left out", settings.min_diff)
@@ -114,13 +114,10 @@ def _clamped(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Tensor]
     return down.clamp(-limit, limit), up.clamp(-limit, limit)
 
 
-def header(
-    modules: Mapping[str, StoredModule], version: str, settings: Extraction, save_to: Path, *, with_modelspec: bool
-) -> dict[str, str]:
+def header(version: str, settings: Extraction, save_to: Path, *, with_modelspec: bool) -> dict[str, str]:
     """Return the metadata of an extracted LoRA.
 
     Args:
-        modules: of the file.
         version: ss_base_model_version.
         settings: how it was made.
         save_to: the file, its title.
@@ -130,7 +127,8 @@ def header(
         "ss_v2": str(version.startswith("sd_v2")),
         "ss_base_model_version": version,
         "ss_network_module": "networks.lora",
-        **sizes(modules.values()),
+        "ss_network_dim": str(settings.dim),
+        "ss_network_alpha": str(float(settings.dim)),
     }
     if settings.conv_dim is not None:
         arguments = {"conv_dim": settings.conv_dim, "conv_alpha": float(settings.conv_dim)}

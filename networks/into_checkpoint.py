@@ -89,7 +89,7 @@ def added(tensor: Tensor, additions: Sequence[Addition]) -> Tensor:
 class Precisions:
     """The number formats of a merge."""
 
-    work: torch.dtype  # weights are rounded to it before and after the sum
+    work: torch.dtype  # weights that change are rounded to it before and after the sum
     saved: torch.dtype
 
 
@@ -123,12 +123,15 @@ def merge(
         if not tensor.is_floating_point():
             return tensor
         if name not in additions:
-            return tensor.to(precisions.work).to(precisions.saved)
+            return tensor.to(precisions.saved)
         merged = added(tensor.to(precisions.work), additions[name]).to(precisions.work).to(precisions.saved)
-        if not all(limit.isfinite() for limit in torch.aminmax(merged)):  # NaN shows in both
-            raise CheckpointError(
-                f"{model}: {name} does not fit the number format after merging. Use float or bf16 for both precisions."
+        if not _is_finite(merged):
+            reason = (
+                "does not fit the number format after merging. Use float or bf16 for both precisions."
+                if _is_finite(tensor)
+                else "holds numbers that are infinite or none at all (NaN). The model is damaged."
             )
+            raise CheckpointError(f"{model}: {name} {reason}")
         return merged
 
     if save_to.suffix == ".safetensors":
@@ -137,6 +140,10 @@ def merge(
     else:
         _write_pickled(save_to, {name: make(name) for name in file.shapes})
     log.info("%s: written", save_to)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(limit.isfinite()) for limit in torch.aminmax(tensor))  # NaN shows in both
 
 
 def _layout(file: TensorSource, saved: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

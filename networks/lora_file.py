@@ -81,17 +81,19 @@ def write_lora(
 
     Raises: CheckpointError where it cannot be written, or the numbers do not fit the format.
     """
-    tensors = tensors_of(modules)
-    for name, tensor in tensors.items():
-        if not tensor.to(dtype or tensor.dtype).isfinite().all():
-            raise CheckpointError(f"{path}: {name} does not fit the number format. Use --save_precision float or bf16.")
-    write_tensors(path, tensors, dtype, header)
+    write_tensors(path, tensors_of(modules), dtype, header)
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, header: Mapping[str, str]
 ) -> None:
-    """Write a LoRA file of any naming. Raises: CheckpointError where it cannot be written."""
+    """Write a LoRA file of any naming, all or nothing.
+
+    Raises: CheckpointError where it cannot be written, or the numbers do not fit the format.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.to(dtype or tensor.dtype).isfinite().all():
+            raise CheckpointError(f"{path}: {name} does not fit the number format. Use --save_precision float or bf16.")
     try:
         files.write(path, tensors, dtype, header)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -128,10 +130,18 @@ def merged_header(
         header |= {key: values[0]} if values else {}
     if not with_modelspec:
         return header
-    default = "sd_v2" if header.get("ss_v2") == "True" else "sd_v1"
-    version = header.get("ss_base_model_version", default)
+    version = header.get("ss_base_model_version") or _version_of(modules, is_v2=header.get("ss_v2") == "True")
     titles = merged_from([(source.path, source.metadata) for source in sources])
     return header | modelspec_of(version, path, titles, is_lora=True)
+
+
+def _version_of(names: Iterable[str], *, is_v2: bool) -> str:
+    """Return the base model that modules are for, by their names; "" for one that is not known here."""
+    stems = list(names)
+    if any(name.startswith(("lora_te1_", "lora_te2_", "lora_unet_input_blocks_")) for name in stems):
+        return "" if any("joint_blocks" in name for name in stems) else "sdxl_base_v1-0"
+    is_sd = any(name.startswith(("lora_te_", "lora_unet_down_blocks_", "lora_unet_mid_block_")) for name in stems)
+    return ("sd_v2" if is_v2 else "sd_v1") if is_sd else ""
 
 
 def merged_from(sources: Iterable[tuple[Path, Mapping[str, str]]]) -> str:

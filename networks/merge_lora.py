@@ -35,7 +35,7 @@ class MergeOptions:
     v2: bool = option(False, "The model is Stable Diffusion 2.x.")
     precision: str = option(
         "float",
-        "Number format that weights are rounded to before and after merging; sums are always made in float.",
+        "Number format that what is merged is rounded to before and after; sums are always made in float.",
         choices=command_line.PRECISIONS,
     )
     save_precision: str | None = option(

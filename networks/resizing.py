@@ -13,6 +13,7 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.progress import progress
 from networks import merging
+from networks.combining import is_large_convolution
 from networks.files import StoredModule
 from networks.lora_file import DYNAMIC, sizes
 
@@ -105,10 +106,22 @@ def resize(tensors: Mapping[str, Tensor], settings: Resizing, origin: object, ve
         old.append(before)
         new.append(after)
         lines.append(f"{base[:-1]}: {line}")
+    smaller = [module for module in old if module.rank < _asked(module, settings)]
+    if smaller and settings.method is None:
+        log.info(
+            "%d of %d modules have a lower rank than asked for, %s, and keep it",
+            len(smaller),
+            len(old),
+            ", ".join(map(str, sorted({module.rank for module in smaller}))),
+        )
     if verbose:
         for text in lines:
             log.info("%s", text)
     return Resized(written, tuple(old), tuple(new))
+
+
+def _asked(module: StoredModule, settings: Resizing) -> int:
+    return settings.conv_rank if is_large_convolution(module) else settings.rank
 
 
 def _pairs(tensors: Mapping[str, Tensor], origin: object) -> dict[str, tuple[str, str]]:
@@ -136,8 +149,7 @@ def _pairs(tensors: Mapping[str, Tensor], origin: object) -> dict[str, tuple[str
 def _resized(module: StoredModule, settings: Resizing) -> tuple[StoredModule, str]:
     """Return the module at its new rank, and a line about what it keeps."""
     u, s, vh = (part.cpu() for part in merging.singular(module.down.to(settings.device), module.up.to(settings.device)))
-    is_large = module.down.dim() == 4 and tuple(module.down.shape[2:]) != (1, 1)
-    rank = settings.rank_of(s, is_large)
+    rank = settings.rank_of(s, is_large_convolution(module))
     scale = module.alpha / module.rank
     down, up = merging.cut((u, s, vh), rank)
     down, up = merging.shaped(down, up, tuple(module.down.shape[1:]))
@@ -157,7 +169,7 @@ def header(metadata: Mapping[str, str], done: Resized, settings: Resizing) -> di
         metadata = {"ss_network_module": "networks.lora"}
     old, comment = sizes(done.old)["ss_network_dim"], metadata.get("ss_training_comment", "")
     comment = "" if comment == "None" else comment
-    found = sizes(done.new)
+    found = sizes([module for module in done.new if not is_large_convolution(module)] or done.new)
     if settings.method is None:
         note = f"dimension is resized from {old} to {settings.rank}"
     else:

@@ -39,7 +39,7 @@ class SvdMergeOptions:
     )
     precision: str = option(
         "float",
-        "Number format that weights are rounded to before and after merging; sums are always made in float.",
+        "Number format that what is merged is rounded to before and after; sums are always made in float.",
         choices=command_line.PRECISIONS,
     )
     save_precision: str | None = option(

@@ -6,7 +6,6 @@ from lora_samples import (
     deltas,
     error_line,
     metadata_of,
-    own_logging,  # noqa: F401
     worst_error,
     write_random,
 )
@@ -120,7 +119,7 @@ def test_the_metadata_say_what_the_file_is(tmp_path, tuned):
     assert written["ss_v2"] == "True"
     assert written["ss_base_model_version"] == "sd_v2_v"
     assert written["ss_network_module"] == "networks.lora"
-    assert written["ss_network_dim"] == "Dynamic"
+    assert (written["ss_network_dim"], written["ss_network_alpha"]) == ("2", "2.0")  # as training writes them
     assert written["ss_network_args"] == '{"conv_dim": 1, "conv_alpha": 1.0}'
     assert written["modelspec.title"] == "x"
     assert written["modelspec.prediction_type"] == "v"
@@ -130,12 +129,33 @@ def test_the_metadata_say_what_the_file_is(tmp_path, tuned):
     assert not [key for key in bare if key.startswith("modelspec.")]
 
 
-@pytest.mark.parametrize("case", ["equal", "version", "sdxl flag", "missing", "no tuned", "structure", "nan", "range"])
+def test_the_last_layer_of_a_whole_openclip_is_not_compared(tmp_path, tuned):
+    """SD 2.x files as published carry 24 layers; the output of the last is not used, and no LoRA adapts it."""
+    file, model = tuned(True)
+    whole = {}
+    for name, path in (("original", tiny_sd21()), ("tuned", model)):
+        tensors = load_file(path)
+        last = {key.replace(".22.", ".23."): tensor for key, tensor in tensors.items() if ".resblocks.22." in key}
+        whole[name] = tmp_path / f"{name}.safetensors"
+        save_file({**tensors, **{key: tensor.clone() for key, tensor in last.items()}}, whole[name])
+    more = ("--v2", "--dim", 2, "--conv_dim", 2)
+    assert (
+        deltas(extract(whole["original"], whole["tuned"], tmp_path / "x.safetensors", *more)).keys()
+        == deltas(file).keys()
+    )
+    assert extract(tiny_sd21(), whole["tuned"], tmp_path / "y.safetensors", *more)
+
+
+@pytest.mark.parametrize("case", ["equal", "version", "sdxl flag", "missing", "no tuned", "structure", "nan", "nan in text",
+                                  "range"])  # fmt: skip
 def test_wrong_input_ends_in_one_line(capsys, tmp_path, case):
     broken = tmp_path / "broken.safetensors"
     tensors = load_file(tiny_sd15())
     place = places(open_tensors(tiny_sd15()), False)["lora_unet_mid_block_attentions_0_proj_in"]
-    if case == "nan":
+    if case == "nan in text":
+        name = places(open_tensors(tiny_sd15()), False)["lora_te_text_model_encoder_layers_3_mlp_fc1"].key
+        tensors[name] = tensors[name] * torch.nan
+    elif case == "nan":
         tensors[place.key] = tensors[place.key] * torch.nan
     elif case == "structure":
         del tensors[place.key]
@@ -155,6 +175,7 @@ def test_wrong_input_ends_in_one_line(capsys, tmp_path, case):
         "no tuned": "--model_tuned is missing",
         "structure": "differ in structure",
         "nan": "is not a number everywhere",
+        "nan in text": "layers.3.mlp.fc1.weight less that of the original is not a number everywhere",
         "range": "--clamp_quantile must be above 0 and at most 1",
     }
     assert said[case] in error_line(capsys.readouterr().err)

@@ -1,12 +1,13 @@
 """LoRA files merged into a model."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from lora_samples import error_line, metadata_of, own_logging, reference_file, write_random  # noqa: F401
+from lora_samples import error_line, metadata_of, reference_file, write_random
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sd15, tiny_sd21
 
@@ -105,6 +106,16 @@ def test_the_model_is_written_in_save_precision_and_counters_stay_whole_numbers(
     assert load_file(out)[next(name for name in exact if name.endswith("proj_in.weight"))].dtype == torch.bfloat16
 
 
+def test_what_the_lora_does_not_touch_is_not_rounded_to_the_precision_of_the_sum(tmp_path):
+    file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
+    before = load_file(tiny_sd15())
+    more = ("--precision", "fp16", "--save_precision", "float")
+    after = merge(tiny_sd15(), [file], [1], tmp_path / "out.safetensors", *more)
+    touched = {place.key for place in places(open_tensors(tiny_sd15()), False).values() if place.kind != "resnet"}
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - touched)
+    assert all(torch.equal(after[name], after[name].half().float()) for name in touched)
+
+
 def test_the_merged_file_can_be_the_model_itself(tmp_path):
     model = tmp_path / "model.safetensors"
     model.write_bytes(tiny_sd15().read_bytes())
@@ -197,6 +208,37 @@ def test_a_failing_write_leaves_the_file_that_was_there(capsys, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_model_that_is_damaged_is_named(capsys, tmp_path):
+    model = tmp_path / "model.safetensors"
+    key = places(open_tensors(tiny_sd15()), False)["lora_unet_mid_block_attentions_0_proj_in"].key
+    tensors = load_file(tiny_sd15())
+    save_file({**tensors, key: tensors[key] * torch.nan}, model)
+    file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
+    argv = ["--sd_model", model, "--models", file, "--ratios", 1, "--save_to", tmp_path / "out.safetensors"]
+    assert f"{model}: {key} holds numbers that are infinite or none at all" in refusal(capsys, *argv)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no limit on the size of files")
+@pytest.mark.parametrize("into_model", [True, False])
+@pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
+def test_a_full_disk_ends_in_one_line_and_leaves_the_file_that_was_there(capsys, tmp_path, into_model, ending):
+    import resource
+
+    file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
+    out = tmp_path / f"out{ending}"
+    out.write_bytes(b"before")
+    model = ["--sd_model", tiny_sd15()] if into_model else []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        said = refusal(capsys, *model, "--models", file, "--ratios", 1, "--save_to", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{out}: cannot be written" in said
+    assert out.read_bytes() == b"before"
+    assert sorted(tmp_path.iterdir()) == [file, out]
+
+
 @pytest.mark.parametrize("name", ["merge_lora", "svd_merge_lora", "extract_lora_from_models", "resize_lora",
                                   "check_lora_weights"])  # fmt: skip
 def test_the_commands_run_as_files_from_anywhere(tmp_path, name):
@@ -230,7 +272,7 @@ def test_the_sum_leaves_its_inputs_alone():
 @pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
 def test_a_place_that_cannot_be_written_to_ends_in_one_line(capsys, tmp_path, into_model, ending):
     file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
-    out = file / f"out{ending}"  # a file where a folder is needed
+    out = file / "folder" / f"out{ending}"  # a file where a folder is needed
     model = ["--sd_model", tiny_sd15()] if into_model else []
     said = refusal(capsys, *model, "--models", file, "--ratios", 1, "--save_to", out)
     assert f"{out}: cannot be written" in said

@@ -7,7 +7,6 @@ from lora_samples import (
     error_line,
     linear_sum,
     metadata_of,
-    own_logging,  # noqa: F401
     reference_file,
     worst_error,
     write_random,
@@ -132,6 +131,32 @@ def test_the_metadata_describe_the_result(tmp_path):
     assert written["modelspec.title"] == "out"
     assert written["modelspec.merged_from"] == "in_xa, in_xb"
     assert written["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+
+
+@pytest.mark.parametrize(
+    ("names", "architecture"),
+    [(("in_xa", "in_xb"), "stable-diffusion-xl-v1-base/lora"), (("in_a", "in_b"), "stable-diffusion-v1/lora")],
+)
+def test_files_without_metadata_are_described_by_their_names(tmp_path, names, architecture):
+    bare = []
+    for name in names:
+        bare.append(tmp_path / f"{name}.safetensors")
+        save_file(load_file(reference_file(name)), bare[-1])
+    out = tmp_path / "out.safetensors"
+    argv = ["--models", *map(str, bare), "--ratios", "1", "1", "--save_to", str(out)]
+    assert merge_lora.main(argv) == 0
+    written = metadata_of(out)
+    assert written["modelspec.architecture"] == architecture
+    assert "ss_base_model_version" not in written  # what is guessed is not written as known
+
+
+def test_files_that_share_no_module_are_merged_with_a_warning(tmp_path, caplog):
+    out = merge(tmp_path, ("in_a", "in_xa"), (1, 1))
+    assert deltas(out).keys() == deltas(reference_file("in_a")).keys() | deltas(reference_file("in_xa")).keys()
+    assert "no module in common" in caplog.text
+    caplog.clear()
+    merge(tmp_path, ("in_a", "in_b"), (1, 1))
+    assert "no module in common" not in caplog.text
 
 
 def test_no_metadata_leaves_what_a_reader_needs(tmp_path):

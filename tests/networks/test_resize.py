@@ -6,7 +6,6 @@ from lora_samples import (
     deltas,
     error_line,
     metadata_of,
-    own_logging,  # noqa: F401
     reference_file,
     worst_error,
 )
@@ -75,8 +74,24 @@ def test_with_enough_rank_nothing_changes(source, rank):
     assert ranks(out) == (5, 5)
 
 
+def test_a_module_that_keeps_its_lower_rank_is_told_of(source, caplog):
+    resize(source, "--new_rank", 64, "--new_conv_rank", 4)
+    assert "1 of 2 modules have a lower rank than asked for, 5, and keep it" in caplog.text
+
+
 def test_larger_convolutions_have_their_own_rank(source):
-    assert ranks(resize(source, "--new_rank", 3, "--new_conv_rank", 1)) == (3, 1)
+    out = resize(source, "--new_rank", 3, "--new_conv_rank", 1)
+    assert ranks(out) == (3, 1)
+    assert metadata_of(out)["ss_network_dim"] == "3"  # of the linear layers, as training writes it
+
+
+def test_a_number_too_large_for_the_number_format_is_refused(capsys, source):
+    tensors = load_file(source)
+    save_file({**tensors, f"{LINEAR}.lora_up.weight": tensors[f"{LINEAR}.lora_up.weight"] * 1e14}, source)
+    out = source.parent / "out.safetensors"
+    assert resize_lora.main(["--model", str(source), "--save_to", str(out), "--save_precision", "fp16"]) == 2
+    assert "does not fit the number format" in error_line(capsys.readouterr().err)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
