@@ -23,8 +23,14 @@ for place in (ROOT, Path(__file__).resolve().parent):  # the project itself, and
 LEVEL_AS_FOUND = logging.getLogger().level
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def logging_as_found() -> Iterator[None]:
-    """Take back what runs of whole commands set up, so that the tests of one file do not hear of another's."""
+    """Take back what a whole command sets up, so that one test does not hear of another's messages."""
     yield
-    logging.getLogger().setLevel(LEVEL_AS_FOUND)
+    from library.cli import HANDLER  # once ROOT is among the places to import from
+
+    root = logging.getLogger()
+    for handler in [each for each in root.handlers if each.name == HANDLER]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(LEVEL_AS_FOUND)

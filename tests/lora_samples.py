@@ -1,34 +1,19 @@
 """LoRA files for the tests of the merging commands, and what they add to a layer."""
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.cli import HANDLER
 from library.models.checkpoint import open_tensors
 from networks.checkpoint_places import places
 from networks.files import StoredModule, modules_in
 from networks.lora_file import tensors_of
 
 MERGE_DATA = Path(__file__).resolve().parent / "data" / "merge"
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Take back the messages that a command sends to the terminal; for every file of tests that runs one."""
-    root = logging.getLogger()
-    level = root.level
-    yield
-    for handler in [each for each in root.handlers if each.name == HANDLER]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
 
 
 def error_line(err: str) -> str:

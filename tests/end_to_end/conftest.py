@@ -1,13 +1,10 @@
 """What the tests of whole runs share: pictures drawn once, and a function that trains."""
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from end_to_end.training_runs import FAMILIES, Family, Pictures, Trained, arguments, draw_pictures, subset, write_toml
-
-from library.cli import HANDLER
 
 Train = Callable[..., Trained]
 
@@ -31,18 +28,6 @@ def own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user-cache")))
         patch.setenv("ACCELERATE_USE_CPU", "true")
         yield
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Take back the messages that a run sends to the terminal."""
-    root = logging.getLogger()
-    level = root.level
-    yield
-    for handler in [each for each in root.handlers if each.name == HANDLER]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
 
 
 @pytest.fixture

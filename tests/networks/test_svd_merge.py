@@ -9,7 +9,6 @@ from lora_samples import (
     error_line,
     linear_sum,
     metadata_of,
-    own_logging,  # noqa: F401
     reference_file,
     worst_error,
 )
