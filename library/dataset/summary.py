@@ -100,6 +100,8 @@ def mask_line(samples: Sequence[Sample], *, mean_weight: float | None = None) ->
     """
     kinds = Counter(sample.mask.kind for sample in samples)
     num_masked = kinds["file"] + kinds["alpha"]
+    if not samples:
+        return "masks: none, and no images"
     if not num_masked:
         return f"masks: none; all {len(samples)} images are learnt whole"
     sources = [f"{kinds['file']} file{'s' * (kinds['file'] != 1)}"] if kinds["file"] else []

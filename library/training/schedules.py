@@ -114,11 +114,10 @@ def rehearse(options: ScheduleOptions, optimizer: Optimizer) -> None:
 
 
 def build(options: ScheduleOptions, optimizer: Optimizer, max_train_steps: int) -> Any:
-    """Return the scheduler that options and optimizer lead to.
+    """Return the scheduler that options, which `check` let pass, and optimizer lead to.
 
-    Raises: OptionError.
+    Raises: OptionError for what depends on the optimizer.
     """
-    check(options)
     is_for_adafactor = options.lr_scheduler.startswith(ADAFACTOR) and not options.lr_scheduler_type
     if optimizers.is_schedule_free(optimizer):
         return lambda_schedule(optimizer, lambda rate: lambda step: 1.0)

@@ -96,6 +96,10 @@ def test_the_line_about_masks_says_when_there_are_none():
     assert mask_line(SAMPLES[2:]) == "masks: none; all 1 images are learnt whole"
 
 
+def test_of_no_images_nothing_is_said_to_be_learnt() -> None:
+    assert mask_line([]) == "masks: none, and no images"
+
+
 def test_a_dataset_in_words():
     assert lines([CONFIG], SAMPLES) == [
         "dataset 0: 64x64, buckets in steps of 64, sides from 64 to 128, batch size 2",
