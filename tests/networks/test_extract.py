@@ -146,8 +146,10 @@ def test_the_last_layer_of_a_whole_openclip_is_not_compared(tmp_path, tuned):
     assert extract(tiny_sd21(), whole["tuned"], tmp_path / "y.safetensors", *more)
 
 
-@pytest.mark.parametrize("case", ["equal", "version", "sdxl flag", "missing", "no tuned", "structure", "nan", "nan in text",
-                                  "range"])  # fmt: skip
+CASES = ["equal", "version", "sdxl flag", "missing", "no tuned", "structure", "nan", "nan in text", "range"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_wrong_input_ends_in_one_line(capsys, tmp_path, case):
     broken = tmp_path / "broken.safetensors"
     tensors = load_file(tiny_sd15())
