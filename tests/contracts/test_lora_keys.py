@@ -26,8 +26,11 @@ NUM_MODULES = {  # as sd-scripts made them
     ("sd21", "default"): 330, ("sd21", "conv"): 416, ("sd21", "unet_only"): 192, ("sd21", "unet_only+conv"): 278,
 }  # fmt: skip
 IN_A_RESNET = {
-    "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
 
 
 def frozen(architecture: str, variant: str) -> dict[str, list[int]]:
@@ -62,7 +65,7 @@ def tensors_of(stem: str, shape: list[int], rank: int) -> Iterator[tuple[str, li
 
 
 def place_of(block: str, index: int, member: str) -> tuple[str, str]:
-    """Return where diffusers has a part of Stability's U-Net: the group's name, and "resnet", "attention" or "other"."""
+    """Return where diffusers has a part of Stability's U-Net: the group's name, and resnet, attention or other."""
     if block == "middle_block":
         return {"0": ("mid_block_resnets_0", "resnet"), "1": ("mid_block_attentions_0", "attention")}.get(
             member, ("mid_block_resnets_1", "resnet")
