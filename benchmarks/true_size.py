@@ -1,0 +1,171 @@
+"""Training at true size: random weights of Stable Diffusion 1.5's shapes, float32, at 64 pixels on the CPU.
+
+The documented command runs twice in processes of their own: for one step, which gives the time from the command to the
+first step; then for more, which gives the time of a step. Peak memory is the process's resident set, the pages of the
+mapped checkpoint counted. The saved file's keys are compared with those that sd-scripts saves.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from measuring import ROOT, Figure, conclude, load, make_parser
+
+MAX_FIRST_STEP_S, MAX_PEAK_GB = 12, 5.2
+MAX_STEP_S = 1.28  # sd-scripts on a machine of this kind
+NUM_IMAGES = 6  # of the data set, and so steps in an epoch
+MODELS, NETWORKS = ROOT / "tests" / "data" / "models", ROOT / "tests" / "data" / "networks"
+DATASET = """
+[general]
+caption_extension = ".txt"
+[[datasets]]
+resolution = 64
+batch_size = 1
+[[datasets.subsets]]
+image_dir = "examples/data/photos"
+conditioning_data_dir = "examples/data/photos_mask"
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run."""
+
+    first_step_s: float  # from the command
+    step_s: tuple[float, ...]  # the mean of each epoch after the first
+    peak_gb: float
+    keys: frozenset[str]  # of the saved file
+
+
+def read(path: Path) -> Any:
+    """Return a compressed table of the tests."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return json.load(file)
+
+
+def make_model(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Write a checkpoint of random float32 weights, a tensor at a time, unless it is there."""
+    import numpy as np
+
+    if path.is_file():
+        return
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    generator = np.random.default_rng(0)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            values = 0.02 * generator.standard_normal(int(np.prod(shape)), dtype=np.float32)
+            if len(shape) == 1 and name.endswith("weight"):
+                values += 1  # a norm
+            file.write(values.tobytes())
+
+
+def train(model: Path, dataset: Path, output: Path, num_steps: int, network_args: Sequence[str] = ()) -> Measured:
+    """Return what a run of the documented command measured."""
+    options = {
+        "pretrained_model_name_or_path": model,
+        "dataset_config": dataset,
+        "network_module": "networks.lora",
+        "network_dim": 16,
+        "network_alpha": 8,
+        "learning_rate": 1e-4,
+        "max_train_steps": num_steps,
+        "max_data_loader_n_workers": 0,
+        "seed": 1,
+        "save_model_as": "safetensors",
+        "logging_dir": output / "log",
+        "output_dir": output,
+        "output_name": "true-size",
+    }
+    words = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "train_network.py", *words, "--masked_loss", "--cache_latents"]
+    start = time.time()
+    with (output / "output.txt").open("w", encoding="utf-8") as text:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=text, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, (output / "output.txt").read_text(encoding="utf-8")
+    times = list(step_times(output / "log"))
+    # The loss of a step is logged while the next one runs; that of the last one of an epoch at once.
+    ends = times[NUM_IMAGES - 1 :: NUM_IMAGES]
+    seconds = tuple((after - before) / NUM_IMAGES for before, after in pairwise(ends))
+    return Measured(
+        times[0] - start, seconds, usage.ru_maxrss * 1024 / 1e9, saved_keys(output / "true-size.safetensors")
+    )
+
+
+def step_times(folder: Path) -> Iterator[float]:
+    """Yield when the loss of each step was logged, in seconds since 1970."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = next(path.parent for path in sorted(folder.rglob("events.out.tfevents.*")))
+    events = EventAccumulator(str(run))
+    events.Reload()
+    for event in events.Scalars("loss/current"):
+        yield event.wall_time
+
+
+def saved_keys(path: Path) -> frozenset[str]:
+    """Return the names of the tensors of a file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        return frozenset(file.keys())
+
+
+def measure(model: Path, folder: Path, num_epochs: int, runs: int) -> list[Figure]:
+    """Return the figures of so many pairs of runs."""
+    dataset = folder / "dataset.toml"
+    dataset.write_text(DATASET, encoding="utf-8")
+    firsts, peaks, steps = [], [], []
+    for number in range(runs):
+        for name, count in (("first", 1), ("more", num_epochs * NUM_IMAGES)):
+            output = folder / f"{name}{number}"
+            output.mkdir()
+            found = train(model, dataset, output, count)
+            expected = frozenset(read(NETWORKS / "lora_keys_sd15.json.gz")["variants"]["default"])
+            assert found.keys == expected, f"{len(found.keys ^ expected)} keys differ from those of sd-scripts"
+            peaks.append(found.peak_gb)
+            if count == 1:
+                firsts.append(found.first_step_s)
+            steps += found.step_s
+    return [
+        Figure("command to the end of step 1", "s", tuple(firsts), at_most=MAX_FIRST_STEP_S),
+        Figure("a step", "s", tuple(steps), at_most=MAX_STEP_S),
+        Figure("peak memory", "GB", tuple(peaks), at_most=MAX_PEAK_GB),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--epochs", type=int, default=4, help="of the longer run (default 4)")
+    parser.add_argument("--runs", type=int, default=3, help="pairs of runs (default 3)")
+    parser.add_argument("--model", type=Path, help="made here unless it exists; default: in a temporary folder")
+    arguments = parser.parse_args(argv)
+    load_before = load()
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or Path(folder) / "model.safetensors"
+        make_model(model, read(MODELS / "base_keys_sd15.json.gz")["required"])
+        figures = measure(model, Path(folder), arguments.epochs, arguments.runs)
+    conclude(arguments, figures, load_before)
+
+
+if __name__ == "__main__":
+    main()
