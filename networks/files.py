@@ -62,8 +62,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a LoRA file ({type(error).__name__}: {error}).") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path}: holds Python objects besides tensors (or is damaged), and those could run code, so that it is "
+            "not read. Use the .safetensors version."
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: cannot be read as a LoRA file ({type(error).__name__}: {reason}).") from None
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"{path}: holds no tensors by name, so it is not a LoRA file.")
     return loaded

@@ -22,6 +22,7 @@ from networks.settings import Arguments, probability
 log = logging.getLogger(__name__)
 
 PREFIX = "oft_unet"  # in files, where a LoRA has lora_unet
+CAN_LIMIT_NORMS = False  # a rotation changes no norm; read before there is a network
 DEFAULT_BLOCKS = 4
 DEFAULT_ALPHA = 1e-3
 LARGE_ALPHA = 1.0  # what --network_alpha is where nobody sets it, which suits a LoRA

@@ -85,6 +85,12 @@ def check_arguments(
         module.check_arguments(dim, alpha, dropout, arguments)
 
 
+def check_norm_limit(module: ModuleType) -> None:
+    """Raise OptionError if the module says that its networks have no norms to limit; others are asked at a step."""
+    if not getattr(module, "CAN_LIMIT_NORMS", True):
+        raise OptionError(f"--scale_weight_norms: {module.__name__} cannot do that. Leave it out.")
+
+
 def create(
     module: ModuleType,
     models: Models,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.errors import OptionError
 from library.models.checkpoint import TensorSource, build_on_meta, load_onto, require
 from library.models.clip_tokens import BOS, EOS
 from library.models.layout import clip as layout
@@ -166,6 +167,14 @@ def inner(text_encoder: nn.Module) -> nn.Module:
     """Return the module that has `encoder` and `final_layer_norm`: older transformers nest it one level deeper."""
     nested = getattr(text_encoder, "text_model", None)
     return nested if isinstance(nested, nn.Module) else text_encoder
+
+
+def check_skip(text_encoder: nn.Module, clip_skip: int | None) -> None:
+    """Raise OptionError if the text encoder has fewer layers than --clip_skip asks for."""
+    model: Any = inner(text_encoder)
+    layers = len(model.encoder.layers)
+    if (clip_skip or 1) > layers:
+        raise OptionError(f"--clip_skip {clip_skip}: the text encoder has {layers} layers. Give a number up to that.")
 
 
 def hidden_states(text_encoder: nn.Module, tokens: Tensor, clip_skip: int | None) -> Tensor:

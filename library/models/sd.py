@@ -29,6 +29,15 @@ OTHER_FAMILIES = (  # (a part of a tensor's name, what such a file is, its train
     ("conditioner.embedders.", "an SDXL model", "sdxl_train_network.py"),
     ("joint_blocks.", "a Stable Diffusion 3 model", "sd3_train_network.py"),
 )
+OF_SDXL = ("a network for SDXL", "sdxl_train_network.py")
+OTHER_NETWORKS = (  # (the start of a tensor's name, what such a file is, its training script)
+    ("lora_te1_", *OF_SDXL),
+    ("lora_te2_", *OF_SDXL),
+    ("lora_unet_input_blocks_", *OF_SDXL),
+    ("lora_unet_middle_block_", *OF_SDXL),
+    ("lora_unet_output_blocks_", *OF_SDXL),
+    ("lora_unet_joint_blocks_", "a network for Stable Diffusion 3", "sd3_train_network.py"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class Sd:
     name = "sd"
     latent_space = LatentSpace(channels=4, scale=SCALE)
     bucket_step_multiple = 64  # the U-Net halves latents three times
+    other_networks = OTHER_NETWORKS
 
     @classmethod
     def from_options(cls, options: Any) -> Sd:
@@ -79,6 +89,7 @@ class Sd:
             denoiser, text_encoder = self._load_file(Path(checkpoint), dtype)
         else:
             denoiser, text_encoder = self._load_folder(checkpoint, dtype)
+        clip.check_skip(text_encoder, self.clip_skip)
         vae_file = open_tensors(folders.vae_file(vae_path or checkpoint))
         return Parts(denoiser, (text_encoder,), vae.build(vae_file, vae_dtype))
 

@@ -18,6 +18,7 @@ def check_options(options: Options) -> list[str]:
     """
     _check_required(options)
     _check_loss(options)
+    _check_rates(options)
     return [
         *_idle_data_options(options),
         *_idle_training_options(options),
@@ -76,6 +77,19 @@ def _check_loss(options: Options) -> None:
         raise OptionError("--scale_v_pred_loss_like_noise_pred needs --v_parameterization, which is not given. Add it.")
     if loss.v_pred_like_loss and is_velocity:
         raise OptionError("--v_pred_like_loss is not for --v_parameterization. Leave one of them out.")
+
+
+def _check_rates(options: Options) -> None:
+    network, default = options.network, options.optimizer.learning_rate
+    text_encoder = max(network.text_encoder_lr) if network.text_encoder_lr else default
+    unet = default if network.unet_lr is None else network.unet_lr
+    is_text_trained = text_encoder > 0 and not network.network_train_unet_only
+    is_unet_trained = unet > 0 and not network.network_train_text_encoder_only
+    if not (is_text_trained or is_unet_trained or options.dataset.debug_dataset):
+        raise OptionError(
+            "Nothing is trained: every learning rate that counts is 0. Set --learning_rate, or --unet_lr or "
+            "--text_encoder_lr."
+        )
 
 
 def _idle_data_options(options: Options) -> Iterator[str]:

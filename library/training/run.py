@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -17,9 +18,12 @@ from accelerate.utils import (
     set_seed,
 )
 
+from library.dataset import latents
 from library.errors import OptionError
 from library.training import (
     assembly,
+    diagnosis,
+    disk_space,
     loop,
     optimizers,
     reporting,
@@ -33,8 +37,10 @@ from library.training import (
 from library.training import data as training_data
 from library.training.assembly import Checked, Setting
 from library.training.file_metadata import Hashes
+from library.training.metrics import LossError
 from library.training.precision import Precision, let_scaler_take_half_gradients
 from library.training.state import Resumed
+from networks import soundness
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
@@ -86,7 +92,13 @@ def train(options: Options, family: ModelFamily) -> None:
         plan.batches_per_epoch,
         plan.gradient_accumulation_steps,
     )
-    is_complete = loop.train(run)
+    if accelerator.is_main_process:
+        disk_space.warn_if_short(run, saving.save_dtype(options.saving.save_precision))
+    try:
+        is_complete = loop.train(run)
+    except LossError as error:
+        model = options.model.pretrained_model_name_or_path or ""
+        raise LossError(diagnosis.explained(str(error), parts, model, checked.precision.mixed)) from None
     reporter.write(run, is_complete=is_complete)
     accelerator.wait_for_everyone()  # the first process may still be writing
     accelerator.end_training()  # flushes the trackers and parts the processes
@@ -100,6 +112,11 @@ def check(options: Options, family: ModelFamily) -> Checked:
     Raises: UserError.
     """
     network_module = trainee.check(options.network)
+    given = [("--network_weights", options.network.network_weights)]
+    given += [("--base_weights", file) for file in options.network.base_weights or ()]
+    for option, file in given:
+        if file is not None:
+            soundness.check(file, option, family.other_networks)
     optimizers.check(options.optimizer)
     schedules.check(options.schedule)
     prompts = tuple(sampling.check(options.sampling))
@@ -112,7 +129,12 @@ def check(options: Options, family: ModelFamily) -> Checked:
     )
     resumed = state.open_state(options.saving.resume) if options.saving.resume else None
     tracker_names = trackers.wanted(options.logging)
+    if tracker_names and options.logging.logging_dir:
+        saving.check_folder("--logging_dir", options.logging.logging_dir)
     data = training_data.read(options, family.bucket_step_multiple)
+    if options.caching.cache_latents_to_disk:
+        cache_dir = Path(options.caching.cache_dir) if options.caching.cache_dir else None
+        latents.check_writable(data.all_samples, family.name, cache_dir)
     # over one weight: finds what only the optimizer's and the schedule's own code can tell
     schedules.rehearse(options.schedule, optimizers.rehearse(options.optimizer))
     return Checked(network_module, formats, tracker_names, data, prompts, resumed)

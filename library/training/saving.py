@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from library.errors import OptionError, UserError
-from library.whole_file import flush_to_disk, whole_file
+from library.whole_file import check_writable, flush_to_disk, whole_file
 
 if TYPE_CHECKING:
     from library.options.saving import SavingOptions
@@ -59,6 +59,14 @@ def check_output(options: SavingOptions) -> Path:
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror or error}.") from error
     return folder
+
+
+def check_folder(option: str, place: str) -> None:
+    """Raise UserError if the folder of an option, made when missing, cannot be written to."""
+    try:
+        check_writable(Path(place))
+    except OSError as error:
+        raise UserError(f"{option} {place} cannot be written to: {error.strerror or error}.") from None
 
 
 @contextmanager

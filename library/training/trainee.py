@@ -168,6 +168,8 @@ def check(options: NetworkOptions) -> ModuleType:
         raise OptionError("--network_module is missing. For a LoRA: --network_module networks.lora")
     arguments = network_arguments(options.network_args)
     module = plugin.load(options.network_module)
+    if options.scale_weight_norms:
+        plugin.check_norm_limit(module)
     if not options.dim_from_weights:  # where a file gives the ranks, those of the options are not used
         plugin.check_arguments(module, options.network_dim, options.network_alpha, options.network_dropout, arguments)
     return module
