@@ -91,7 +91,7 @@ def read_prompts(path: Path) -> list[SamplePrompt]:
 
     .txt: a prompt a line with flags after it ('a cat --w 768 --d 5'); empty lines and lines with # are skipped.
     .toml: [prompt] with defaults and [[prompt.subset]], one a picture. .json: a list of such lines or of objects.
-    Raises: DataError with file and line when the file is missing, empty or has an unknown flag, key or value.
+    Raises: DataError with file and line when the file is missing, empty or has a wrong value.
     """
     readers = {".txt": _read_text, ".toml": _read_toml, ".json": _read_json}
     reader = readers.get(path.suffix.lower())
@@ -125,9 +125,10 @@ def parse_line(line: str, place: str) -> SamplePrompt:
         if name in OTHER_MODELS:
             log.warning("%s: --%s is for other models and changes nothing here", place, flag)
             continue
-        if name not in FLAGS:
+        if name not in FLAGS:  # as sd-scripts, whose other versions know more of them
             known = ", ".join(f"--{known}" for known in FLAGS)
-            raise DataError(f"{place}: unknown flag --{flag}. Flags are {known}.")
+            log.warning("%s: --%s is unknown and changes nothing. Flags are %s", place, flag, known)
+            continue
         values[FLAGS[name]] = value
     return _prompt(values, place, {key: f"--{flag}" for flag, key in FLAGS.items()})
 
@@ -179,7 +180,9 @@ def _entry(entry: Any, place: str) -> SamplePrompt:
         if key in OTHER_MODELS.values():
             log.warning("%s: %s is for other models and changes nothing here", place, key)
         elif key not in READERS:
-            raise DataError(f"{place}: unknown key {key}.{did_you_mean(key, READERS)} Keys are {', '.join(READERS)}.")
+            known = ", ".join(READERS)
+            near = did_you_mean(key, READERS)
+            log.warning("%s: %s is an unknown key and changes nothing.%s Keys are %s", place, key, near, known)
     return _prompt({key: value for key, value in entry.items() if key in READERS}, place, {})
 
 
