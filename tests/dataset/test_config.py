@@ -75,6 +75,18 @@ VALUES = {
     "missing_mask": ["skip", "train_all", "error", "skip"],
     "face_crop_aug_range": [[1, 2], [1.5, 3], [2, 4], "3,5"],
     "token_warmup_step": [0, 10, 0.5, 100.0],
+    "token_warmup_min": [1, 2, 3, 4],
+    "caption_separator": [";", "|", "/", "+"],
+    "caption_extension": [".s", ".d", ".g", ".c"],
+    "keep_tokens_separator": ["", "d", "g", "c"],
+    "secondary_separator": ["s", "d", "g", "c"],
+    "caption_suffix": ["s", "d", "g", "c"],
+    "enable_wildcard": [False, True, False, True],
+    "caption_tag_dropout_rate": [0, 0.25, 0.5, 0.75],
+    "caption_dropout_every_n_epochs": [0, 1, 2, 3],
+    "color_aug": [False, True, False, True],
+    "random_crop": [False, True, False, True],
+    "cache_info": [False, True, False, True],
 }
 COMMAND_LINE = {"num_repeats": "dataset_repeats"}
 
@@ -103,6 +115,32 @@ def test_the_nearest_level_that_names_a_key_decides_even_with_false_or_0(read, k
     if key == "conditioning_data_dir":
         expected = Path(expected)
     assert getattr(subset, key) == expected
+
+
+DATASET_VALUES = {
+    "batch_size": [2, 3, 4],
+    "resolution": ["512", "576", "640"],
+    "enable_bucket": [False, True, True],
+    "min_bucket_reso": [256, 320, 384],
+    "max_bucket_reso": [1024, 1088, 1152],
+    "bucket_reso_steps": [64, 128, 192],
+    "bucket_no_upscale": [False, True, True],
+}
+
+
+@pytest.mark.parametrize("first", range(3), ids=LEVELS[1:])
+@pytest.mark.parametrize("key", DATASET_VALUES)
+def test_the_nearest_level_decides_about_keys_of_a_dataset_too(read, key, first):
+    def line(level):
+        return f"{key} = {json.dumps(DATASET_VALUES[key][level])}" if level >= first else ""
+
+    name = {"batch_size": "train_batch_size"}.get(key, key)
+    others = "" if key == "enable_bucket" else "enable_bucket = true"  # without buckets their limits do not count
+    given = {name: DATASET_VALUES[key][2]}
+    text = one_subset(dataset=f"{line(0)}\n{others}", general=line(1))
+    (config,) = read(text, **{"resolution": "768"} | given)
+    expected = DATASET_VALUES[key][first]
+    assert getattr(config, key) == ((int(expected),) * 2 if key == "resolution" else expected)
 
 
 def test_an_empty_mask_folder_switches_an_inherited_one_off(read):
