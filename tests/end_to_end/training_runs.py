@@ -4,7 +4,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Family:
     base_model_version: str
     architecture: str  # modelspec
     keys: str  # the reference's key names, in tests/data/networks
+    switches: tuple[str, ...] = ()  # options that say which model of the family it is
     resolution: int = 64
 
     def run(self, *argv: object) -> int:
@@ -42,7 +43,7 @@ class Family:
     def load(self) -> tuple[ModelFamily, Parts]:
         """Return the family and the models of the tiny checkpoint, float32."""
         module, _, name = self.place.partition(":")
-        family = getattr(importlib.import_module(module), name)()
+        family = getattr(importlib.import_module(module), name)(**dict.fromkeys(self.switches, True))
         return family, family.load(str(self.checkpoint()), None, torch.float32)
 
 
@@ -55,7 +56,23 @@ SD15 = Family(
     architecture="stable-diffusion-v1/lora",
     keys="lora_keys_sd15.json.gz",
 )
-FAMILIES = (SD15,)
+SD21 = Family(
+    script="train_network",
+    place="library.models.sd:Sd",
+    checkpoint=tiny_models.tiny_sd21,
+    folder=tiny_models.tiny_sd21_folder,
+    base_model_version="sd_v2",
+    architecture="stable-diffusion-v2-512/lora",
+    keys="lora_keys_sd21.json.gz",
+    switches=("v2",),
+)
+SD21_V = replace(
+    SD21,
+    base_model_version="sd_v2_v",
+    architecture="stable-diffusion-v2-768-v/lora",
+    switches=("v2", "v_parameterization"),
+)
+FAMILIES = (SD15,)  # every test of whole runs; test_sd2.py tells what differs in the others
 
 
 @dataclass(frozen=True)
@@ -170,6 +187,7 @@ def arguments(family: Family, folder: Path, dataset_config: Path | None, *more: 
     argv: list[object] = ["--pretrained_model_name_or_path", family.checkpoint(), "--output_dir", folder / "out"]
     argv += ["--output_name", "lora", "--network_module", "networks.lora", "--learning_rate", "1e-3"]
     argv += ["--max_train_steps", 2, "--max_data_loader_n_workers", 0, "--logging_dir", folder / "logs"]
+    argv += [f"--{switch}" for switch in family.switches]
     argv += [] if seed is None else ["--seed", seed]
     argv += [] if dataset_config is None else ["--dataset_config", dataset_config]
     return [str(argument) for argument in [*argv, *more]]
