@@ -163,11 +163,13 @@ def _encode_checked(
     with torch.no_grad():
         latents = encode(images, seeds).to("cpu", dtype)
     finite = latents.isfinite().flatten(1).all(dim=1)
+    remedy = "Use --no_half_vae."
+    if dtype == torch.float32:
+        remedy = "Its file is damaged: fetch it again, or name another VAE with --vae."
     for request, is_finite in zip(batch, finite.tolist(), strict=True):
         if not is_finite:
             raise DataError(
-                f"{request.name}: the VAE makes NaN or infinity of it in {str(dtype).removeprefix('torch.')}. "
-                "Use --no_half_vae."
+                f"{request.name}: the VAE makes NaN or infinity of it in {str(dtype).removeprefix('torch.')}. {remedy}"
             )
     return [each.clone() for each in latents]  # each its own memory: a view would keep the whole batch
 

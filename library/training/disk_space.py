@@ -35,11 +35,12 @@ def warn_if_short(run: Run, dtype: torch.dtype | None) -> None:
     except OSError:
         return
     if free < needed:
-        states = f" and {num_states} states" if num_states else ""
+        files = f"{num_files} file{'s' * (num_files > 1)}"
+        states = f" and {num_states} state{'s' * (num_states > 1)}" if num_states else ""
         log.warning(
-            "--output_dir %s: %s MB are free there, and this run writes about %s MB (%d files%s). "
+            "--output_dir %s: %s MB are free there, and this run writes about %s MB (%s%s). "
             "Make room, or save less often.",
-            *(run.saver.folder, f"{free / 1e6:,.0f}", f"{needed / 1e6:,.0f}", num_files, states),
+            *(run.saver.folder, f"{free / 1e6:,.0f}", f"{needed / 1e6:,.0f}", files, states),
         )
 
 

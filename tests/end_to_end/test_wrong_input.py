@@ -1,16 +1,19 @@
 """What a user gets wrong ends with exit code 2 and one line that names it, before any model is loaded."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from end_to_end.training_runs import Family, Pictures, arguments, save, subset, write_toml
+from full_disk import largest_file
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 @dataclass
@@ -26,21 +29,6 @@ class Attempt:
 
 
 Case = Callable[[Attempt], tuple[str, ...]]
-
-
-def unknown_option(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--lerning_rate", "1e-4"]
-    return "--lerning_rate", "Did you mean --learning_rate?"
-
-
-def option_of_the_wrong_type(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--network_dim", "four"]
-    return "--network_dim", "four"
-
-
-def unknown_choice(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--mixed_precision", "bf61"]
-    return "--mixed_precision", "bf61", "bf16"
 
 
 def unknown_key_of_a_config_file(attempt: Attempt) -> tuple[str, ...]:
@@ -102,11 +90,6 @@ def mask_of_another_aspect(attempt: Attempt) -> tuple[str, ...]:
     return "photo0.png", "96x64", "64x64"
 
 
-def masked_loss_without_masks(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--masked_loss"]
-    return "--masked_loss", "conditioning_data_dir", "alpha_mask"
-
-
 def file_that_is_no_image(attempt: Attempt) -> tuple[str, ...]:
     (attempt.folder / "images").mkdir()
     (attempt.folder / "images" / "notes.png").write_text("no picture")
@@ -114,50 +97,10 @@ def file_that_is_no_image(attempt: Attempt) -> tuple[str, ...]:
     return ("notes.png",)
 
 
-def unknown_optimizer(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--optimizer_type", "AdamWW"]
-    return "AdamWW", "AdamW"
-
-
-def unknown_optimizer_argument(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--optimizer_args", "weight_decoy=0.1"]
-    return "weight_decoy", "weight_decay"
-
-
-def unknown_schedule(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--lr_scheduler", "cosin"]
-    return "cosin", "cosine"
-
-
-def unknown_network_argument(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--network_args", "conv_dimm=4"]
-    return "conv_dimm", "conv_dim"
-
-
-def unknown_network_module(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--network_module", "networks.lore"]
-    return "networks.lore", "networks.lora"
-
-
-def no_network_weights(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--network_weights", attempt.folder / "nowhere.safetensors"]
-    return "--network_weights", "nowhere.safetensors"
-
-
 def output_folder_that_is_a_file(attempt: Attempt) -> tuple[str, ...]:
     (attempt.folder / "taken").write_text("")
     attempt.more = ["--output_dir", attempt.folder / "taken"]
     return "--output_dir", "taken"
-
-
-def prompts_that_are_not_there(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--sample_prompts", attempt.folder / "nowhere.txt", "--sample_at_first"]
-    return ("nowhere.txt",)
-
-
-def checkpoint_that_is_not_there(attempt: Attempt) -> tuple[str, ...]:
-    attempt.more = ["--pretrained_model_name_or_path", attempt.folder / "nowhere.safetensors"]
-    return ("nowhere.safetensors",)
 
 
 def checkpoint_of_another_family(attempt: Attempt) -> tuple[str, ...]:
@@ -180,13 +123,163 @@ def checkpoint_that_is_cut_off(attempt: Attempt) -> tuple[str, ...]:
     return ("cut.safetensors",)
 
 
+OPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {  # name of the case: the options, words of the message
+    "unknown option": ("--lerning_rate 1e-4", ("--lerning_rate", "Did you mean --learning_rate?")),
+    "option of the wrong type": ("--network_dim four", ("--network_dim", "four")),
+    "unknown choice": ("--mixed_precision bf61", ("--mixed_precision", "bf61", "bf16")),
+    "batch of no images": ("--train_batch_size 0", ("--train_batch_size", "at least 1")),
+    "rank of 0": ("--network_dim 0", ("--network_dim", "at least 1")),
+    "fewer than no workers": ("--max_data_loader_n_workers -1", ("--max_data_loader_n_workers", "-1")),
+    "learning rate that is no number": ("--learning_rate nan", ("--learning_rate", "nan")),
+    "negative learning rate": ("--learning_rate -0.1", ("--learning_rate", "at least 0")),
+    "rates that train nothing": ("--unet_lr 0 --text_encoder_lr 0", ("Nothing is trained", "--unet_lr")),
+    "rate of 0 for all that is trained": ("--network_train_unet_only --unet_lr 0", ("Nothing is trained",)),
+    "nothing left to train": (
+        "--network_train_unet_only --network_train_text_encoder_only",
+        ("--network_train_unet_only", "--network_train_text_encoder_only"),
+    ),
+    "full precision of another format": ("--full_fp16 --mixed_precision bf16", ("--full_fp16", "bf16")),
+    "timesteps the wrong way round": ("--min_timestep 900 --max_timestep 100", ("--min_timestep 900", "Swap")),
+    "cached latents and random cuts": ("--cache_latents --random_crop", ("--cache_latents", "random_crop")),
+    "ranks of no file": ("--dim_from_weights", ("--dim_from_weights", "--network_weights")),
+    "factor of no file": ("--base_weights_multiplier 0.5", ("--base_weights_multiplier", "--base_weights")),
+    "warm-up of a constant rate": ("--lr_warmup_steps 5", ("--lr_warmup_steps", "constant_with_warmup")),
+    "previews without prompts": ("--sample_every_n_steps 1", ("--sample_every_n_steps", "--sample_prompts")),
+    "norms of rotations": ("--network_module networks.oft --scale_weight_norms 1", ("--scale_weight_norms", "oft")),
+    "masked loss without masks": ("--masked_loss", ("--masked_loss", "conditioning_data_dir", "alpha_mask")),
+    "unknown optimizer": ("--optimizer_type AdamWW", ("AdamWW", "AdamW")),
+    "unknown optimizer argument": ("--optimizer_args weight_decoy=0.1", ("weight_decoy", "weight_decay")),
+    "unknown schedule": ("--lr_scheduler cosin", ("cosin", "cosine")),
+    "unknown network argument": ("--network_args conv_dimm=4", ("conv_dimm", "conv_dim")),
+    "unknown network module": ("--network_module networks.lore", ("networks.lore", "networks.lora")),
+    "no network weights": ("--network_weights nowhere.safetensors", ("--network_weights", "nowhere.safetensors")),
+    "no base weights": ("--base_weights nowhere.safetensors", ("--base_weights", "nowhere.safetensors")),
+    "no VAE": ("--vae nowhere.safetensors", ("--vae", "nowhere.safetensors")),
+    "no prompts": ("--sample_prompts nowhere.txt --sample_at_first", ("nowhere.txt",)),
+    "no checkpoint": ("--pretrained_model_name_or_path nowhere.safetensors", ("nowhere.safetensors",)),
+    "no state": ("--resume nowhere", ("--resume nowhere", "--save_state")),
+    "everything held back": ("--validation_split 1", ("held back", "validation_split")),
+    "layers that are not there": ("--clip_skip 99", ("--clip_skip 99", "layers")),
+}
+
+
+def option_case(name: str) -> Case:
+    """Return the case of options alone."""
+    argv, words = OPTIONS[name]
+
+    def case(attempt: Attempt) -> tuple[str, ...]:
+        attempt.more = list(argv.split())
+        return words
+
+    case.__name__ = name
+    return case
+
+
+def nested_key_of_the_wrong_type(attempt: Attempt) -> tuple[str, ...]:
+    attempt.subset["image_dir"] = attempt.pictures.photos
+    attempt.config = write_toml(attempt.folder / "dataset.toml", attempt.subset)
+    written = attempt.config.read_text() + '[datasets.subsets.custom_attributes]\ndiff_output_preservation = "yes"\n'
+    attempt.config.write_text(written)
+    return "datasets[0].subsets[0].custom_attributes.diff_output_preservation", "true or false", "yes"
+
+
+def empty_caption_file(attempt: Attempt) -> tuple[str, ...]:
+    picture = save(attempt.folder / "images", "cat", np.zeros((64, 64, 3), np.uint8), "")
+    attempt.subset["image_dir"] = picture.parent
+    return "cat.txt", "is empty"
+
+
+def broken_metadata_file(attempt: Attempt) -> tuple[str, ...]:
+    (attempt.folder / "pictures.json").write_text('{"photo0.png":\n{"caption": "a cat",}}')
+    attempt.subset = {"image_dir": attempt.pictures.photos, "metadata_file": attempt.folder / "pictures.json"}
+    return "pictures.json", "line 2", "not valid JSON"
+
+
+def metadata_file_of_an_image_that_is_not_there(attempt: Attempt) -> tuple[str, ...]:
+    (attempt.folder / "pictures.json").write_text('{"ghost.png": {"caption": "a cat"}}')
+    attempt.subset = {"image_dir": attempt.pictures.photos, "metadata_file": attempt.folder / "pictures.json"}
+    return "pictures.json", "ghost.png"
+
+
+def masks_for_other_images_only(attempt: Attempt) -> tuple[str, ...]:
+    for name in ("ghost", "spectre"):
+        save(attempt.folder / "masks", name, np.zeros((64, 64), np.uint8))
+    attempt.subset["conditioning_data_dir"] = attempt.folder / "masks"
+    return "photo0.png", "photo1.png", "no mask"
+
+
+def mask_that_is_no_image(attempt: Attempt) -> tuple[str, ...]:
+    save(attempt.folder / "masks", "photo0", np.zeros((64, 64), np.uint8))
+    (attempt.folder / "masks" / "photo1.png").write_text("no picture")
+    attempt.subset["conditioning_data_dir"] = attempt.folder / "masks"
+    return "masks/photo1.png", "cannot be read"
+
+
+def checkpoint_of_stable_diffusion_3(attempt: Attempt) -> tuple[str, ...]:
+    name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
+    save_file({name: torch.zeros(1)}, attempt.folder / "sd3.safetensors")
+    attempt.more = ["--pretrained_model_name_or_path", attempt.folder / "sd3.safetensors"]
+    return "sd3.safetensors", "Stable Diffusion 3", "sd3_train_network.py"
+
+
+def network_of_another_family(attempt: Attempt) -> tuple[str, ...]:
+    names = (f"lora_unet_input_blocks_4_1_proj_in.{end}" for end in ("lora_down.weight", "lora_up.weight"))
+    save_file({name: torch.zeros(1, 1) for name in names}, attempt.folder / "xl.safetensors")
+    attempt.more = ["--network_weights", attempt.folder / "xl.safetensors"]
+    return "--network_weights", "xl.safetensors", "SDXL", "sdxl_train_network.py"
+
+
+def network_weights_that_are_a_model(attempt: Attempt) -> tuple[str, ...]:
+    save_file({"model.diffusion_model.x": torch.zeros(1)}, attempt.folder / "model.safetensors")
+    attempt.more = ["--network_weights", attempt.folder / "model.safetensors"]
+    return "--network_weights", "whole model", "--pretrained_model_name_or_path"
+
+
+def network_weights_that_are_cut_off(attempt: Attempt) -> tuple[str, ...]:
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(1000)}, attempt.folder / "whole.safetensors")
+    (attempt.folder / "cut.safetensors").write_bytes((attempt.folder / "whole.safetensors").read_bytes()[:1000])
+    attempt.more = ["--network_weights", attempt.folder / "cut.safetensors"]
+    return ("cut.safetensors",)
+
+
+def network_weights_with_nan(attempt: Attempt) -> tuple[str, ...]:
+    tensors = {"lora_unet_x.lora_down.weight": torch.ones(1, 4), "lora_unet_x.lora_up.weight": torch.ones(4, 1)}
+    tensors["lora_unet_x.lora_up.weight"][2] = float("nan")
+    save_file(tensors, attempt.folder / "nan.safetensors")
+    attempt.more = ["--network_weights", attempt.folder / "nan.safetensors"]
+    return "--network_weights", "lora_unet_x.lora_up.weight", "NaN"
+
+
+def base_weights_with_infinite_numbers(attempt: Attempt) -> tuple[str, ...]:
+    names = ("lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight")
+    save_file({name: torch.full((1, 1), float("inf")) for name in names}, attempt.folder / "inf.safetensors")
+    attempt.more = ["--base_weights", attempt.folder / "inf.safetensors"]
+    return "--base_weights", "lora_unet_x.lora_down.weight", "infinite"
+
+
+def log_folder_that_is_a_file(attempt: Attempt) -> tuple[str, ...]:
+    (attempt.folder / "taken").write_text("")
+    attempt.more = ["--logging_dir", attempt.folder / "taken"]
+    return "--logging_dir", "taken"
+
+
+def cache_folder_that_is_a_file(attempt: Attempt) -> tuple[str, ...]:
+    (attempt.folder / "taken").write_text("")
+    attempt.more = ["--cache_latents_to_disk", "--cache_dir", attempt.folder / "taken"]
+    return "taken", "--cache_dir"
+
+
 CASES: tuple[Case, ...] = (
-    unknown_option, option_of_the_wrong_type, unknown_choice, unknown_key_of_a_config_file, broken_config_file,
-    unknown_dataset_key, dataset_key_of_the_wrong_type, no_dataset_config, no_image_folder, no_image_in_the_folder,
-    no_resolution, missing_mask_with_a_near_miss, mask_of_another_aspect, masked_loss_without_masks,
-    file_that_is_no_image, unknown_optimizer, unknown_optimizer_argument, unknown_schedule, unknown_network_argument,
-    unknown_network_module, no_network_weights, output_folder_that_is_a_file, prompts_that_are_not_there,
-    checkpoint_that_is_not_there, checkpoint_of_another_family, checkpoint_that_is_a_lora, checkpoint_that_is_cut_off,
+    *map(option_case, OPTIONS),
+    unknown_key_of_a_config_file, broken_config_file,
+    unknown_dataset_key, dataset_key_of_the_wrong_type, nested_key_of_the_wrong_type, no_dataset_config,
+    no_image_folder, no_image_in_the_folder, no_resolution, empty_caption_file, broken_metadata_file,
+    metadata_file_of_an_image_that_is_not_there, missing_mask_with_a_near_miss, mask_of_another_aspect,
+    masks_for_other_images_only, mask_that_is_no_image, file_that_is_no_image, output_folder_that_is_a_file,
+    log_folder_that_is_a_file, cache_folder_that_is_a_file,
+    checkpoint_of_another_family, checkpoint_of_stable_diffusion_3, checkpoint_that_is_a_lora,
+    checkpoint_that_is_cut_off, network_of_another_family, network_weights_that_are_a_model,
+    network_weights_that_are_cut_off, network_weights_with_nan, base_weights_with_infinite_numbers,
 )  # fmt: skip
 
 
@@ -259,3 +352,64 @@ def test_several_wrong_images_are_named_together(attempt: Attempt, family: Famil
     error = error_of(family, attempt, capsys)
     assert "a.png" in error
     assert "b.png" in error
+
+
+class Intruder:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("option", ["--pretrained_model_name_or_path", "--network_weights"])
+def test_a_file_with_code_in_it_is_refused_and_the_code_not_run(option, attempt, family: Family, capsys):
+    content = {"state_dict": {"x": torch.zeros(1)}, "more": Intruder(attempt.folder / "run")}
+    torch.save(content, attempt.folder / "model.ckpt")
+    attempt.more = [option, attempt.folder / "model.ckpt"]
+    assert "could run code" in error_of(family, attempt, capsys)
+    assert not (attempt.folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "part", ["model.diffusion_model.middle_block", "cond_stage_model", "first_stage_model.encoder"]
+)
+@pytest.mark.parametrize("cache", [(), ("--cache_latents",)], ids=["decoded", "cached"])
+def test_a_checkpoint_with_nan_is_blamed_and_not_the_images(part, cache, attempt: Attempt, family: Family, capsys):
+    """Looking for it at the start would read gigabytes, so that it is looked for when a loss breaks."""
+    tensors = load_file(family.checkpoint())
+    name = next(name for name, tensor in tensors.items() if name.startswith(part) and tensor.dim() > 1)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, attempt.folder / "nan.safetensors")
+    config = write_toml(attempt.folder / "dataset.toml", attempt.subset)
+    model = ("--pretrained_model_name_or_path", attempt.folder / "nan.safetensors")
+    assert family.run(*arguments(family, attempt.folder, config, *model, *cache)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    wanted = "the VAE makes NaN" if "first_stage" in part and cache else "nan.safetensors holds numbers"
+    assert wanted in last
+    assert "--no_half_vae" not in last
+    assert "Look at these images" not in last
+    assert not list((attempt.folder / "out").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
+@pytest.mark.parametrize("state", [(), ("--save_state",)], ids=["file", "state"])
+def test_a_full_disk_leaves_the_saved_file_as_it_was(state, attempt: Attempt, family: Family, capsys):
+    config = write_toml(attempt.folder / "dataset.toml", attempt.subset)
+    argv = [*arguments(family, attempt.folder, config), *state]
+    assert family.run(*argv) == 0
+    before = content_of(attempt.folder / "out")
+    capsys.readouterr()
+    with largest_file(20_000):
+        assert family.run(*argv, "--network_dim", 8) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "cannot be saved" in last
+    assert content_of(attempt.folder / "out") == before
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,12 +1,11 @@
 """Which files a run leaves, and that each of them is whole."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import largest_file
 from safetensors.torch import load_file, save_file
 
 from library.errors import OptionError, UserError
@@ -152,19 +151,6 @@ def test_the_temporary_file_has_the_suffix_that_writers_look_at(tmp_path: Path) 
         assert partial.parent == tmp_path
         partial.write_text("whole")
     assert names(tmp_path) == ["cat.safetensors"]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let the system refuse to write more than size bytes to a file, as a full disk would."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
