@@ -1,6 +1,7 @@
 """How a run is prepared: the order of its checks, its length, its seed, its number formats."""
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,16 @@ def test_each_accelerator_has_the_precision_of_its_run(argv) -> None:
     for precision in ("bf16", "no", "bf16"):
         options = options_of(argv, "--mixed_precision", precision)
         assert run.make_accelerator(options, run.check(options, Sd())).mixed_precision == precision
+
+
+def test_what_several_processes_do_is_passed_on_to_accelerate(argv) -> None:
+    more = ("--ddp_timeout", "7", "--ddp_gradient_as_bucket_view", "--ddp_static_graph")
+    for given, timeout in ((more, timedelta(minutes=7)), ((), None)):
+        options = options_of(argv, *given)
+        accelerator = run.make_accelerator(options, run.check(options, Sd()))
+        assert accelerator.ddp_handler.gradient_as_bucket_view == bool(given)
+        assert accelerator.ddp_handler.static_graph == bool(given)
+        assert (accelerator.init_handler and accelerator.init_handler.timeout) == timeout
 
 
 # ---- what is told ----------------------------------------------------------------------------------------------

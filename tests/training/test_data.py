@@ -1,0 +1,66 @@
+"""How pictures become latents: in batches of --vae_batch_size, before training and during it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from library.models.family import Parts
+from library.models.sd import Sd
+from library.options import Options, read_training
+from library.training import data as training_data
+
+
+class Counting:
+    """Encodes every picture as 0 and notes how many come at a time."""
+
+    name = "sd"
+    latent_space = Sd.latent_space
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self.batches: list[int] = []
+
+    def encode_images(self, parts: Parts, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Return zeros."""
+        self.batches.append(len(images))
+        return torch.zeros(len(images), 4, images.shape[2] // 8, images.shape[3] // 8)
+
+
+PARTS = Parts(torch.nn.Identity(), (), torch.nn.Linear(1, 1))
+
+
+@pytest.fixture
+def argv(tmp_path: Path) -> list[str]:
+    """Arguments of a run over five pictures."""
+    folder = tmp_path / "images" / "1_cat"
+    folder.mkdir(parents=True)
+    for i in range(5):
+        Image.fromarray(np.full((64, 64, 3), 50 * i, np.uint8)).save(folder / f"{i}.png")
+    return [
+        "--train_data_dir", str(folder.parent), "--resolution", "64", "--output_dir", str(tmp_path / "out"),
+        "--network_module", "networks.lora", "--pretrained_model_name_or_path", "nowhere.safetensors",
+    ]  # fmt: skip
+
+
+def options_of(argv: list[str], *more: str) -> Options:
+    return read_training([*argv, *more], "train_network").options
+
+
+@pytest.mark.parametrize(("size", "batches"), [("1", [1] * 5), ("2", [2, 2, 1]), ("9", [5])])
+def test_the_vae_takes_vae_batch_size_pictures_at_a_time_while_caching(size, batches, argv) -> None:
+    options = options_of(argv, "--cache_latents", "--vae_batch_size", size)
+    family = Counting()
+    data = training_data.read(options, 64)
+    training_data.cache(data, options.caching, family, PARTS, "vae", Accelerator(cpu=True))
+    assert sorted(family.batches, reverse=True) == batches
+
+
+def test_the_vae_takes_vae_batch_size_pictures_at_a_time_in_training_too() -> None:
+    family = Counting()
+    latents_of = training_data.latents_of(family, PARTS, 2)
+    assert latents_of(torch.zeros(5, 3, 64, 64), None).shape == (5, 4, 8, 8)
+    assert family.batches == [2, 2, 1]
