@@ -42,6 +42,8 @@ FROM_OPTIONS: Mapping[str, str] = {
     "ss_gradient_checkpointing": "training.gradient_checkpointing",
     "ss_mixed_precision": "training.mixed_precision",
     "ss_full_fp16": "training.full_fp16",
+    "ss_fp8_base": "training.fp8_base",
+    "ss_fp8_base_unet": "training.fp8_base_unet",
     "ss_cache_latents": "caching.cache_latents",
     "ss_max_token_length": "model.max_token_length",
     "ss_clip_skip": "model.clip_skip",
@@ -74,10 +76,6 @@ FROM_OPTIONS: Mapping[str, str] = {
     "ss_max_validation_steps": "validation.max_validation_steps",
     "ss_validate_every_n_epochs": "validation.validate_every_n_epochs",
     "ss_validate_every_n_steps": "validation.validate_every_n_steps",
-}
-NOT_OFFERED: Mapping[str, Any] = {  # keys of options that this version refuses, with the value for "off"
-    "ss_fp8_base": False,
-    "ss_fp8_base_unet": False,
 }
 # only in runs without a dataset config: with one, these hold per dataset and stand in ss_datasets
 FROM_OPTIONS_WITHOUT_CONFIG: Mapping[str, str] = {
@@ -150,7 +148,6 @@ def training_metadata(options: Any, dataset: DatasetFacts, run: RunFacts) -> dic
         run: the run itself.
     """
     values: dict[str, Any] = {key: attrgetter(place)(options) for key, place in FROM_OPTIONS.items()}
-    values |= NOT_OFFERED
     values |= {
         "ss_session_id": run.session_id,
         "ss_training_started_at": run.started_at,

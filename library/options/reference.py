@@ -11,7 +11,6 @@ from library.options.values import Declared
 _DATA = "images are described by --dataset_config or --train_data_dir, with captions in files beside them"
 _HUB = "files are not uploaded by this version; upload the saved file afterwards"
 _DEEPSPEED = "DeepSpeed is not supported by this version; accelerate's data parallelism is"
-_FP8 = "frozen weights are kept in the format of --mixed_precision; float8 is not supported by this version"
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,6 @@ REFUSED = (
     Elsewhere("zero3_init_flag", bool, False, _DEEPSPEED),
     Elsewhere("zero3_save_16bit_model", bool, False, _DEEPSPEED),
     Elsewhere("fp16_master_weights_and_gradients", bool, False, _DEEPSPEED),
-    Elsewhere("fp8_base", bool, False, _FP8),
-    Elsewhere("fp8_base_unet", bool, False, _FP8),
     Elsewhere("fused_backward_pass", bool, False, "no optimizer here steps during the backward pass"),
     Elsewhere(
         "cpu_offload_checkpointing",

@@ -42,6 +42,10 @@ class TrainingOptions:
     )
     full_fp16: bool = option(False, "Keep the trained weights in fp16 too. Needs --mixed_precision fp16.")
     full_bf16: bool = option(False, "Keep the trained weights in bf16 too. Needs --mixed_precision bf16.")
+    fp8_base: bool = option(
+        False, "Store the frozen weights in one byte each (float8_e4m3fn). Needs --mixed_precision fp16 or bf16."
+    )
+    fp8_base_unet: bool = option(False, "The same for the U-Net alone; beats --fp8_base.")
     xformers: bool = option(
         False, "Use the attention of the xformers package instead of torch's scaled_dot_product_attention."
     )
@@ -72,5 +76,8 @@ class TrainingOptions:
                 raise OptionError(
                     f"--full_{name} needs --mixed_precision {name}, got {self.mixed_precision}. Change one of them."
                 )
+        for is_float8, name in ((self.fp8_base, "fp8_base"), (self.fp8_base_unet, "fp8_base_unet")):
+            if is_float8 and self.mixed_precision == "no":
+                raise OptionError(f"--{name} needs --mixed_precision fp16 or bf16 to compute in. Add one of them.")
         if self.torch_compile and self.dynamo_backend == "no":
             raise OptionError("--torch_compile with --dynamo_backend no compiles nothing. Leave one of them out.")

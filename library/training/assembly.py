@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
+from library.models import float8
 from library.options import public_values
 from library.training import data as training_data
 from library.training import file_metadata, optimizers, schedules, state, trainee
@@ -122,23 +123,39 @@ def load(setting: Setting) -> tuple[Parts, LatentStore | None]:
         store = training_data.cache(setting.checked.data, options.caching, family, parts, identity, setting.accelerator)
         if not options.model.lowram:
             parts.vae.to("cpu")
-    for module in (parts.denoiser, *parts.text_encoders):
-        module.to(device)
+    settle_weights(setting, parts)
     return parts, store
+
+
+def settle_weights(setting: Setting, parts: Parts) -> None:
+    """Give the frozen weights their place on the device, what is merged into them, and their format."""
+    options, formats = setting.options.network, setting.checked.precision
+    if not options.base_weights:  # float8 before the move: the device never holds more than what it keeps
+        for model in formats.float8_parts(parts):
+            float8.store(model)
+    for model in (parts.denoiser, *parts.text_encoders):
+        model.to(setting.accelerator.device)
+    trainee.merge_base_weights(setting.checked.network_module, options, setting.family, parts)
+    for model in formats.float8_parts(parts):
+        float8.store(model)
 
 
 def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: Hashes | None) -> Run:
     """Return the run: the network made and attached, the optimizer and everything else around it."""
     options, accelerator, plan = setting.options, setting.accelerator, setting.plan
-    trained = trainee.create(
-        setting.checked.network_module,
-        options.network,
-        options.optimizer.learning_rate,
-        setting.family,
-        parts,
-        dtypes=(setting.checked.precision.trained, save_dtype(options.saving.save_precision)),
-        device=accelerator.device,
-    )
+    formats = setting.checked.precision
+    with float8.refusing(options.network.network_module):
+        trained = trainee.create(
+            setting.checked.network_module,
+            options.network,
+            options.optimizer.learning_rate,
+            setting.family,
+            parts,
+            dtypes=(formats.trained, save_dtype(options.saving.save_precision)),
+            device=accelerator.device,
+        )
+        for model in formats.float8_parts(parts):
+            float8.try_adapted(model, formats.frozen)
     if options.training.gradient_checkpointing:
         setting.family.enable_gradient_checkpointing(parts, trained.is_text_trained)
         trained.enable_gradient_checkpointing()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from library.errors import OptionError
+
+if TYPE_CHECKING:
+    from library.models.family import Parts
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -20,9 +24,19 @@ class Precision:
     trained: torch.dtype  # float32, or the autocast format with --full_fp16 / --full_bf16
     vae: torch.dtype
     mixed: str  # "no", "fp16", "bf16": accelerate's name of the autocast format
+    is_denoiser_float8: bool = False  # frozen weights are stored in a byte each, and cast to `frozen` to compute
+    is_text_float8: bool = False
 
     @staticmethod
-    def of(mixed: str, *, full_fp16: bool, full_bf16: bool, no_half_vae: bool) -> Precision:
+    def of(
+        mixed: str,
+        *,
+        full_fp16: bool,
+        full_bf16: bool,
+        no_half_vae: bool,
+        fp8_base: bool = False,
+        fp8_base_unet: bool = False,
+    ) -> Precision:
         """Return the formats that the options ask for.
 
         Raises: OptionError for fp16 without a GPU.
@@ -35,7 +49,14 @@ class Precision:
             trained=frozen if full_fp16 or full_bf16 else torch.float32,
             vae=torch.float32 if no_half_vae else frozen,
             mixed=mixed,
+            is_denoiser_float8=fp8_base or fp8_base_unet,
+            is_text_float8=fp8_base and not fp8_base_unet,  # as sd-scripts: given both, the narrower one counts
         )
+
+    def float8_parts(self, parts: Parts) -> tuple[nn.Module, ...]:
+        """Return the models whose frozen weights are stored in float8."""
+        denoiser = (parts.denoiser,) if self.is_denoiser_float8 else ()
+        return denoiser + (parts.text_encoders if self.is_text_float8 else ())
 
 
 def let_scaler_take_half_gradients(scaler: Any) -> None:

@@ -126,6 +126,8 @@ def check(options: Options, family: ModelFamily) -> Checked:
         full_fp16=options.training.full_fp16,
         full_bf16=options.training.full_bf16,
         no_half_vae=options.model.no_half_vae,
+        fp8_base=options.training.fp8_base,
+        fp8_base_unet=options.training.fp8_base_unet,
     )
     resumed = state.open_state(options.saving.resume) if options.saving.resume else None
     tracker_names = trackers.wanted(options.logging)

@@ -199,7 +199,7 @@ def create(
     dtypes: tuple[torch.dtype, torch.dtype | None],
     device: torch.device,
 ) -> NetworkTrainee:
-    """Return a network attached to the models, after --base_weights were merged into them.
+    """Return a network attached to the models.
 
     Args:
         module: from `check`.
@@ -210,9 +210,8 @@ def create(
         dtypes: of the trained weights, and of those in files (None: as trained).
         device: where to train.
     """
-    models = plugin.Models(parts.text_encoders, parts.denoiser, parts.vae, tuple(family.lora_targets(parts)))
+    models = _models(family, parts)
     arguments = network_arguments(options.network_args)
-    _merge_base_weights(module, options, models)
     if options.dim_from_weights and options.network_weights:
         network, _ = plugin.create_from_weights(module, models, options.network_weights, arguments)
     else:
@@ -231,7 +230,16 @@ def create(
     return NetworkTrainee(network, models, options, learning_rate, is_text_trained and any(rates), dtypes[1], device)
 
 
-def _merge_base_weights(module: ModuleType, options: NetworkOptions, models: plugin.Models) -> None:
+def merge_base_weights(module: ModuleType, options: NetworkOptions, family: ModelFamily, parts: Parts) -> None:
+    """Merge the files of --base_weights into the models, in their order; weights in float8 are too coarse for that.
+
+    Args:
+        module: from `check`.
+        options: the network group.
+        family: names the modules that can be adapted.
+        parts: on any device; it is fastest where they train.
+    """
+    models = _models(family, parts)
     multipliers = list(options.base_weights_multiplier or ())
     for index, file in enumerate(options.base_weights or ()):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
@@ -241,3 +249,7 @@ def _merge_base_weights(module: ModuleType, options: NetworkOptions, models: plu
             network, tensors = plugin.create_from_weights(module, models, file, {}, multiplier, for_inference=True)
         plugin.merge(network, models, tensors, None)
         log.info("merged %s into the base model, times %g", file, multiplier)
+
+
+def _models(family: ModelFamily, parts: Parts) -> plugin.Models:
+    return plugin.Models(parts.text_encoders, parts.denoiser, parts.vae, tuple(family.lora_targets(parts)))

@@ -50,6 +50,8 @@ WRONG = [
     (OptimizerOptions, {"optimizer_args": ("=1",)}, "--optimizer_args takes key=value"),
     (OptimizerOptions, {"optimizer_type": "Prodigy", "use_8bit_adam": True}, "--use_8bit_adam means AdamW8bit"),
     (OptimizerOptions, {"use_lion_optimizer": True, "use_8bit_adam": True}, "--use_lion_optimizer means Lion"),
+    (TrainingOptions, {"fp8_base": True}, "--fp8_base needs --mixed_precision fp16 or bf16"),
+    (TrainingOptions, {"fp8_base_unet": True}, "--fp8_base_unet needs --mixed_precision fp16 or bf16"),
     (ScheduleOptions, {"lr_scheduler_args": ("oops",)}, "--lr_scheduler_args takes key=value"),
     (ScheduleOptions, {"lr_warmup_steps": 0.1}, "--lr_warmup_steps 0.1: --lr_scheduler constant has no warm-up"),
     (ScheduleOptions, {"lr_warmup_steps": 5, "lr_scheduler_type": "StepLR"}, "--lr_scheduler_type StepLR has no warm"),
