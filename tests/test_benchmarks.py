@@ -72,6 +72,10 @@ def test_the_benchmark_of_steps_takes_the_model_out(capsys):
     assert {"disk, masks on: outside the model", "weigh the loss, batch of 4 at 128"} <= set(found)
 
 
+def test_the_benchmark_of_merging_runs_the_commands(capsys):
+    assert {"copy the model", "merge into the model", "extract"} <= set(run("merging_full_size", capsys))
+
+
 def test_a_record_says_how_to_repeat_the_measurement(monkeypatch, tmp_path):
     measuring = importlib.import_module("measuring")
     monkeypatch.setattr(measuring, "ROOT", tmp_path)
