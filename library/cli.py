@@ -70,6 +70,8 @@ def set_up_logging(options: LoggingOptions) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     # at import it warns that kernels it would download are missing, which nobody here asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for client in ("httpx", "httpx2"):  # of huggingface_hub, old and new: a line for every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     root = logging.getLogger()
     for old in [each for each in root.handlers if each.name == HANDLER]:  # a second run in one process
         root.removeHandler(old)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.errors import OptionError
 from library.options.groups import Options
+from library.options.hub import hub_place
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt")
 
@@ -18,11 +19,14 @@ def check_options(options: Options) -> list[str]:
     """
     _check_required(options)
     _check_loss(options)
+    _check_fused(options)
     _check_rates(options)
+    _check_resume(options)
     return [
         *_idle_data_options(options),
         *_idle_training_options(options),
         *_idle_saving_options(options),
+        *_idle_hub_options(options),
         *_idle_logging_options(options),
     ]
 
@@ -79,6 +83,14 @@ def _check_loss(options: Options) -> None:
         raise OptionError("--v_pred_like_loss is not for --v_parameterization. Leave one of them out.")
 
 
+def _check_resume(options: Options) -> None:
+    if not options.hub.resume_from_huggingface:
+        return
+    if options.saving.resume is None:
+        raise OptionError("--resume_from_huggingface does not say where. Add --resume=OWNER/NAME/FOLDER of the state.")
+    hub_place(options.saving.resume)
+
+
 def _check_rates(options: Options) -> None:
     network, default = options.network, options.optimizer.learning_rate
     text_encoder = max(network.text_encoder_lr) if network.text_encoder_lr else default
@@ -89,6 +101,21 @@ def _check_rates(options: Options) -> None:
         raise OptionError(
             "Nothing is trained: every learning rate that counts is 0. Set --learning_rate, or --unet_lr or "
             "--text_encoder_lr."
+        )
+
+
+def _check_fused(options: Options) -> None:
+    if not options.optimizer.fused_backward_pass:
+        return
+    if options.training.gradient_accumulation_steps > 1:
+        raise OptionError(
+            "--fused_backward_pass frees each gradient at once, which leaves nothing for --gradient_accumulation_steps "
+            f"{options.training.gradient_accumulation_steps} to add up. Leave one of them out."
+        )
+    if options.training.mixed_precision == "fp16":
+        raise OptionError(
+            "--fused_backward_pass cannot have --mixed_precision fp16, where a step whose gradients overflow is left "
+            "out as a whole. Use bf16."
         )
 
 
@@ -116,6 +143,9 @@ def _idle_training_options(options: Options) -> Iterator[str]:
         yield "--max_train_steps has no effect: --max_train_epochs decides"
     if training.dynamo_backend not in ("inductor", "no") and not training.torch_compile:
         yield "--dynamo_backend has no effect without --torch_compile"
+    if options.optimizer.fused_backward_pass and options.optimizer.max_grad_norm:
+        norm = options.optimizer.max_grad_norm
+        yield f"--max_grad_norm {norm:g} with --fused_backward_pass: clips each weight's gradient alone; 0 is off"
     if network.network_train_unet_only and network.text_encoder_lr is not None:
         yield "--text_encoder_lr has no effect: --network_train_unet_only leaves the text encoder as it is"
     if network.network_train_text_encoder_only and network.unet_lr is not None:
@@ -138,6 +168,19 @@ def _idle_saving_options(options: Options) -> Iterator[str]:
     if sampling.sample_prompts is not None and not is_sampling:
         times = "--sample_at_first, --sample_every_n_steps or --sample_every_n_epochs"
         yield f"--sample_prompts has no effect without {times}"
+
+
+def _idle_hub_options(options: Options) -> Iterator[str]:
+    hub, saving = options.hub, options.saving
+    if hub.huggingface_repo_id is None:
+        idle = ["huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility"]
+        idle += ["save_state_to_huggingface", "async_upload"]
+        idle += [] if hub.resume_from_huggingface else ["huggingface_token"]
+        for name in idle:
+            if getattr(hub, name):
+                yield f"--{name} has no effect without --huggingface_repo_id"
+    elif hub.save_state_to_huggingface and not (saving.save_state or saving.save_state_on_train_end):
+        yield "--save_state_to_huggingface has no effect without --save_state or --save_state_on_train_end"
 
 
 def _idle_logging_options(options: Options) -> Iterator[str]:

@@ -27,9 +27,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise OptionError(f"--config_file: there is no file {path}. Check the path.")
     values: dict[str, Any] = {}
     warnings = []
+    secret = {each.name for group in GROUPS.values() for each in declared(group) if each.is_secret}
     for name, value in _flattened(read_toml(path)):
         if name in values and values[name] != value:
-            warnings.append(f"{path}: {name} is given twice; the last value, {value!r}, is used")
+            shown = "the last one" if name in secret else f"the last value, {value!r},"
+            warnings.append(f"{path}: {name} is given twice; {shown} is used")
         values[name] = value
     return values, warnings
 

@@ -10,6 +10,7 @@ from library.options.caching import CachingOptions
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
 from library.options.declare import build, declared
+from library.options.hub import HubOptions
 from library.options.logging import LoggingOptions
 from library.options.loss import LossOptions
 from library.options.masks import MaskOptions
@@ -42,6 +43,7 @@ class Options:
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     saving: SavingOptions = field(default_factory=SavingOptions)
+    hub: HubOptions = field(default_factory=HubOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
@@ -61,6 +63,7 @@ GROUPS: Mapping[str, type] = {
     "schedule": ScheduleOptions,
     "training": TrainingOptions,
     "saving": SavingOptions,
+    "hub": HubOptions,
     "sampling": SamplingOptions,
     "validation": ValidationOptions,
     "logging": LoggingOptions,

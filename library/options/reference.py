@@ -9,7 +9,6 @@ from typing import Any
 from library.options.values import Declared
 
 _DATA = "images are described by --dataset_config or --train_data_dir, with captions in files beside them"
-_HUB = "files are not uploaded by this version; upload the saved file afterwards"
 _DEEPSPEED = "DeepSpeed is not supported by this version; accelerate's data parallelism is"
 
 
@@ -32,14 +31,6 @@ class Elsewhere:
 # Given with another value than its default or 0, such an option is an error.
 REFUSED = (
     Elsewhere("dataset_class", str, None, f"a dataset class of one's own cannot be plugged in; {_DATA}"),
-    Elsewhere("huggingface_repo_id", str, None, _HUB),
-    Elsewhere("huggingface_repo_type", str, None, _HUB),
-    Elsewhere("huggingface_path_in_repo", str, None, _HUB),
-    Elsewhere("huggingface_token", str, None, _HUB),
-    Elsewhere("huggingface_repo_visibility", str, None, _HUB),
-    Elsewhere("save_state_to_huggingface", bool, False, _HUB),
-    Elsewhere("resume_from_huggingface", bool, False, _HUB),
-    Elsewhere("async_upload", bool, False, _HUB),
     Elsewhere("deepspeed", bool, False, _DEEPSPEED),
     Elsewhere("zero_stage", int, 2, _DEEPSPEED),
     Elsewhere("offload_optimizer_device", str, None, _DEEPSPEED),

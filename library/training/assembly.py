@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
 from library.models import float8
-from library.options import public_values
 from library.training import data as training_data
 from library.training import file_metadata, optimizers, schedules, state, trainee
 from library.training.data import Data
@@ -39,8 +38,12 @@ if TYPE_CHECKING:
     from library.cache.store import LatentStore
     from library.models.family import ModelFamily, Parts
     from library.options import Options
+    from library.options.hub import HubOptions
+    from library.training.hub import Uploads
 
 log = logging.getLogger(__name__)
+
+Publish = Callable[[Path], None] | None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Setting:
     plan: RunPlan
     max_train_steps: int
     started_at: float  # s since 1970
+    trackers: Trackers
+    uploads: Uploads | None  # None: nothing is uploaded, or by another process
     steps_done: int = 0  # before this run: of a resumed one, or --initial_step
 
 
@@ -180,8 +185,6 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
         ),
         optimizer,
     )
-    trackers = Trackers(accelerator, setting.checked.tracker_names)
-    trackers.open(options.logging, public_values(options))
     num_epochs = -(-setting.max_train_steps // plan.steps_per_epoch)
     scheduler = schedules.create(options.schedule, optimizer, setting.max_train_steps)
     history = LossHistory(plan.steps_per_epoch)
@@ -194,7 +197,8 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
     def latents_of(batch: Batch) -> Tensor:
         return images_of(batch.images, batch.latents)
 
-    saver = Saver(options.saving, trained.save, metadata.at, num_epochs, accelerator.is_main_process)
+    publish, publish_state = publishers(setting.uploads, options.hub)
+    saver = Saver(options.saving, trained.save, metadata.at, num_epochs, accelerator.is_main_process, publish)
     return Run(
         accelerator=accelerator,
         step=step,
@@ -210,14 +214,23 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
         latents_of=latents_of,
         learning_rates=lambda: learning_rates(optimizer, groups.descriptions),
         saver=saver,
-        states=StateSaver(options.saving, saver, state_writer(setting, live), accelerator.is_main_process),
+        states=StateSaver(
+            options.saving, saver, state_writer(setting, live), accelerator.is_main_process, publish_state
+        ),
         sampler=make_sampler(setting, parts, trained),
         validator=make_validator(setting, store, accelerator.unwrap_model(step), latents_of),
-        trackers=trackers,
+        trackers=setting.trackers,
         history=history,
         steps_done=setting.steps_done,
         reader=LossReader(accelerator.reduce if accelerator.num_processes > 1 else None),
     )
+
+
+def publishers(uploads: Uploads | None, options: HubOptions) -> tuple[Publish, Publish]:
+    """Return what is told of each saved file, and of each saved state."""
+    if uploads is None:
+        return None, None
+    return uploads.add, uploads.add if options.save_state_to_huggingface else None
 
 
 def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], None]:

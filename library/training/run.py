@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +22,12 @@ from accelerate.utils import (
 
 from library.dataset import latents
 from library.errors import OptionError
+from library.options import public_values
 from library.training import (
     assembly,
     diagnosis,
     disk_space,
+    hub,
     loop,
     optimizers,
     reporting,
@@ -78,7 +82,39 @@ def train(options: Options, family: ModelFamily) -> None:
         samples = checked.data.samples
         state.tell_changes(resumed.manifest, state.deciding_values(options), state.fingerprint(samples), len(samples))
         log.info("resuming %s after step %d", resumed.folder, steps_done)
-    setting = Setting(options, family, checked, accelerator, plan, max_train_steps, started_at, steps_done)
+    told = trackers.Trackers(accelerator, checked.tracker_names)
+    told.open(options.logging, public_values(options), accelerator.project_dir)
+    uploads = hub.start(options.hub, options.saving) if accelerator.is_main_process else None
+    setting = Setting(
+        options, family, checked, accelerator, plan, max_train_steps, started_at, told, uploads, steps_done
+    )
+    with ended_in_order(setting):
+        is_complete = carry_out(setting)
+    if not is_complete:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def ended_in_order(setting: Setting) -> Iterator[None]:
+    """End what goes on beside the training: the trackers get all they were told, and uploads under way are waited for.
+
+    A second Ctrl-C waits for nothing.
+    """
+    try:
+        yield
+        setting.accelerator.end_training()  # flushes the trackers and parts the processes
+    except BaseException as error:
+        setting.trackers.abandon()
+        if setting.uploads is not None and isinstance(error, Exception):
+            setting.uploads.finish()
+        raise
+    if setting.uploads is not None:
+        setting.uploads.finish()
+
+
+def carry_out(setting: Setting) -> bool:
+    """Load the models, train and report; return whether the run was completed."""
+    options, checked, accelerator, plan = setting.options, setting.checked, setting.accelerator, setting.plan
     hashes = None
     if accelerator.is_main_process:  # the only one that saves
         hashes = Hashes.start(options.model.pretrained_model_name_or_path or "", options.model.vae)
@@ -87,7 +123,7 @@ def train(options: Options, family: ModelFamily) -> None:
     run = assembly.assemble(setting, parts, store, hashes)
     log.info(
         "training: %d steps, %d epochs of %d batches, accumulated over %d",
-        max_train_steps,
+        setting.max_train_steps,
         run.num_epochs,
         plan.batches_per_epoch,
         plan.gradient_accumulation_steps,
@@ -101,9 +137,7 @@ def train(options: Options, family: ModelFamily) -> None:
         raise LossError(diagnosis.explained(str(error), parts, model, checked.precision.mixed)) from None
     reporter.write(run, is_complete=is_complete)
     accelerator.wait_for_everyone()  # the first process may still be writing
-    accelerator.end_training()  # flushes the trackers and parts the processes
-    if not is_complete:
-        raise KeyboardInterrupt
+    return is_complete
 
 
 def check(options: Options, family: ModelFamily) -> Checked:
@@ -129,8 +163,8 @@ def check(options: Options, family: ModelFamily) -> Checked:
         fp8_base=options.training.fp8_base,
         fp8_base_unet=options.training.fp8_base_unet,
     )
-    resumed = state.open_state(options.saving.resume) if options.saving.resume else None
     tracker_names = trackers.wanted(options.logging)
+    resumed = find_state(options)
     if tracker_names and options.logging.logging_dir:
         saving.check_folder("--logging_dir", options.logging.logging_dir)
     data = training_data.read(options, family.bucket_step_multiple)
@@ -140,6 +174,19 @@ def check(options: Options, family: ModelFamily) -> Checked:
     # over one weight: finds what only the optimizer's and the schedule's own code can tell
     schedules.rehearse(options.schedule, optimizers.rehearse(options.optimizer))
     return Checked(network_module, formats, tracker_names, data, prompts, resumed)
+
+
+def find_state(options: Options) -> Resumed | None:
+    """Return the state that --resume names, from the hub where that is asked for; None without it.
+
+    Raises: UserError when it cannot be had.
+    """
+    place = options.saving.resume
+    if place is None:
+        return None
+    if options.hub.resume_from_huggingface:
+        place = str(hub.download_state(place, options.hub.huggingface_token))
+    return state.open_state(place)
 
 
 def make_accelerator(options: Options, checked: Checked) -> Accelerator:

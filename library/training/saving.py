@@ -113,6 +113,7 @@ class Saver:
         metadata: Callable[[int, int], dict[str, str]],
         num_epochs: int,
         is_main_process: bool = True,
+        publish: Callable[[Path], None] | None = None,
     ) -> None:
         """Keep what is needed to save.
 
@@ -122,6 +123,7 @@ class Saver:
             metadata: gives the metadata of a file saved at (step, epoch).
             num_epochs: epochs of the whole run; sets the interval for --save_n_epoch_ratio.
             is_main_process: the others write nothing.
+            publish: is told of each file that was saved; None: nobody is.
         """
         self.folder = check_output(options)
         self.name = options.output_name
@@ -135,6 +137,7 @@ class Saver:
         self._write = write
         self._metadata = metadata
         self._is_main_process = is_main_process
+        self._publish = publish
 
     def is_epoch_due(self, epoch: int) -> bool:
         """Return whether the end of epoch (1-based) asks for a file; the last epoch's is the final one."""
@@ -189,6 +192,8 @@ class Saver:
             self._write(partial, self._metadata(step, epoch))
         self.saved = [other for other in self.saved if other != path] + [path]
         log.info("saved %s (%.1f MB, step %d)", path, path.stat().st_size / 1e6, step)
+        if self._publish is not None:
+            self._publish(path)
         return path
 
     def _remove(self, path: Path, new: Path) -> None:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST, WEIGHTS, OPTIMIZER = "train_state.json", "network.safetensors", "optimizer.pt"
+FILES = (WEIGHTS, OPTIMIZER, MANIFEST)
 # Their values are part of the optimizer's or the schedule's state, which is what counts after a resume.
 KEPT_BY_STATE = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
 # The groups whose options decide what is computed, and the options among them that do not.
@@ -98,7 +99,7 @@ def write(folder: Path, manifest: Manifest, contents: Contents) -> None:
             "validations": contents.validations,
         }
         (partial / MANIFEST).write_text(json.dumps(told), encoding="utf-8")
-        for name in (WEIGHTS, OPTIMIZER, MANIFEST):
+        for name in FILES:
             flush_to_disk(partial / name)
         _put_in_place(partial, folder)
     except (OSError, SafetensorError, RuntimeError) as error:

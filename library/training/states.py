@@ -26,7 +26,14 @@ Write = Callable[[Path, int, int], None]  # to a folder, after a step, in an epo
 class StateSaver:
     """Writes states beside the saved files, with the rotation that the options ask for."""
 
-    def __init__(self, options: SavingOptions, saver: Saver, write: Write, is_main_process: bool) -> None:
+    def __init__(
+        self,
+        options: SavingOptions,
+        saver: Saver,
+        write: Write,
+        is_main_process: bool,
+        publish: Callable[[Path], None] | None = None,
+    ) -> None:
         """Keep what is needed to save.
 
         Args:
@@ -34,6 +41,7 @@ class StateSaver:
             saver: names the files, and with them the states.
             write: writes the state of the run, as it is, to a folder.
             is_main_process: the others write nothing.
+            publish: is told of each state that was saved; None: nobody is.
         """
         self.is_periodic = options.save_state and is_main_process
         self.is_at_end = (options.save_state or options.save_state_on_train_end) and is_main_process
@@ -41,6 +49,7 @@ class StateSaver:
         self.keep_steps = options.save_last_n_steps_state or options.save_last_n_steps
         self._saver = saver
         self._write = write
+        self._publish = publish
         if self.is_at_end:
             remove_abandoned(saver)
 
@@ -74,6 +83,8 @@ class StateSaver:
         folder = state_folder(file)
         self._write(folder, step, epoch)
         log.info("saved the state of step %d: %s", step, folder)
+        if self._publish is not None:
+            self._publish(folder)
 
     def _remove(self, file: Path) -> None:
         folder = state_folder(file)
