@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
 from library.models import float8
+from library.training import changes, file_metadata, optimizers, schedules, state, trainee
 from library.training import data as training_data
-from library.training import file_metadata, optimizers, schedules, state, trainee
 from library.training.data import Data
 from library.training.file_metadata import Hashes
 from library.training.loop import Run
@@ -235,11 +235,12 @@ def publishers(uploads: Uploads | None, options: HubOptions) -> tuple[Publish, P
 
 def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], None]:
     """Return what writes the state of the run to a folder, after a step (1-based) in an epoch (1-based)."""
-    samples = setting.checked.data.samples
-    dataset, options = state.fingerprint(samples), state.deciding_values(setting.options)
+    data = setting.checked.data
+    dataset = changes.fingerprint(data.configs, data.samples)
+    options = changes.deciding_values(setting.options, setting.accelerator.num_processes)
 
     def write(folder: Path, step: int, epoch: int) -> None:
-        manifest = Manifest(step, epoch, setting.plan.seed, options, dataset, len(samples))
+        manifest = Manifest(step, epoch, setting.plan.seed, options, dataset, len(data.samples))
         state.write(folder, manifest, live.contents())
 
     return write

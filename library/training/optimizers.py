@@ -78,9 +78,12 @@ OPTIMIZERS: Mapping[str, Factory] = {
 _PACKAGES = {"prodigyplus": "prodigy-plus-schedule-free"}
 
 
+DEFAULT = "AdamW"
+
+
 def name_of(options: OptimizerOptions) -> str:
     """Return the optimizer's name, AdamW unless chosen."""
-    return options.optimizer_type or "AdamW"
+    return options.optimizer_type or DEFAULT
 
 
 def resolve(name: str) -> Factory:

@@ -25,6 +25,7 @@ from library.errors import OptionError
 from library.options import public_values
 from library.training import (
     assembly,
+    changes,
     diagnosis,
     disk_space,
     hub,
@@ -79,8 +80,9 @@ def train(options: Options, family: ModelFamily) -> None:
             "--max_train_epochs."
         )
     if resumed is not None:
-        samples = checked.data.samples
-        state.tell_changes(resumed.manifest, state.deciding_values(options), state.fingerprint(samples), len(samples))
+        samples, dataset = checked.data.samples, changes.fingerprint(checked.data.configs, checked.data.samples)
+        values = changes.deciding_values(options, accelerator.num_processes)
+        changes.tell(resumed.manifest, values, dataset, len(samples))
         log.info("resuming %s after step %d", resumed.folder, steps_done)
     told = trackers.Trackers(accelerator, checked.tracker_names)
     told.open(options.logging, public_values(options), accelerator.project_dir)
@@ -167,6 +169,8 @@ def check(options: Options, family: ModelFamily) -> Checked:
     resumed = find_state(options)
     if tracker_names and options.logging.logging_dir:
         saving.check_folder("--logging_dir", options.logging.logging_dir)
+    if resumed is not None:
+        changes.refuse_other_kinds(resumed.manifest, options)
     data = training_data.read(options, family.bucket_step_multiple)
     if options.caching.cache_latents_to_disk:
         cache_dir = Path(options.caching.cache_dir) if options.caching.cache_dir else None

@@ -78,6 +78,15 @@ def check(options: ScheduleOptions) -> None:
         curve_of(options, Length(1000, 0, 0), 1.0)  # a rehearsal: reads all arguments
 
 
+def kind_of(name: str, class_path: str | None) -> str:
+    """Return the kind of scheduler that --lr_scheduler or --lr_scheduler_type name; all curves are of one kind."""
+    if class_path:
+        return torch_path(class_path)
+    if name == PLATEAU:
+        return PLATEAU
+    return ADAFACTOR if name.startswith(ADAFACTOR) else "a curve"
+
+
 def refuse_warmup(options: ScheduleOptions, owner: str, instead: str) -> None:
     """Refuse warm-up steps for a schedule that has none.
 

@@ -6,12 +6,11 @@ kept: a state is the trained weights, the optimizer, the schedule, the gradient 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
+import pickle
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.dataset.scan import Sample
 from library.errors import CheckpointError, UserError
-from library.options import GROUPS, Options, public_values
-from library.options.declare import declared
 from library.whole_file import MARK, flush_to_disk
-
-log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST, WEIGHTS, OPTIMIZER = "train_state.json", "network.safetensors", "optimizer.pt"
 FILES = (WEIGHTS, OPTIMIZER, MANIFEST)
-# Their values are part of the optimizer's or the schedule's state, which is what counts after a resume.
-KEPT_BY_STATE = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
-# The groups whose options decide what is computed, and the options among them that do not.
-DECIDING = ("model", "dataset", "captions", "masks", "noise", "loss", "network", "optimizer", "schedule", "training")
-FREE_TO_CHANGE = {"max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "initial_step", "initial_epoch"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,7 @@ class Manifest:
     step: int  # optimizer steps done
     epoch: int  # 1-based: that of the last step
     seed: int
-    options: Mapping[str, Any]  # by name, without secrets and paths
+    options: Mapping[str, Any]  # what decides what is computed, by name
     dataset: str  # fingerprint of what is drawn from
     num_images: int
 
@@ -177,38 +166,8 @@ def read(resumed: Resumed) -> Contents:
         return Contents(
             weights, live["optimizer"], live["scheduler"], live["scaler"], resumed.history, resumed.validations
         )
-    except (OSError, RuntimeError, KeyError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"--resume {folder}: the state cannot be read ({error}).") from error
-
-
-def fingerprint(samples: Iterable[Sample]) -> str:
-    """Return 32 hex digits of what the order of draws depends on: images, repeats, buckets and masks' kinds."""
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in samples:
-        where = (
-            f"{sample.path.parent.name}/{sample.path.name} {sample.num_repeats} {sample.transform} {sample.mask.kind}"
-        )
-        digest.update(where.encode())
-    return digest.hexdigest()
-
-
-def deciding_values(options: Options) -> dict[str, Any]:
-    """Return the options that decide what a run computes, by name; paths and the seed stand for themselves."""
-    names = {each.name for group in DECIDING for each in declared(GROUPS[group])} - FREE_TO_CHANGE - {"seed"}
-    return {name: value for name, value in public_values(options).items() if name in names}
-
-
-def tell_changes(manifest: Manifest, options: Mapping[str, Any], dataset: str, num_images: int) -> None:
-    """Warn about what differs from the run that wrote the state."""
-    if manifest.dataset != dataset:
-        log.warning(
-            "--resume: the dataset has changed (%d images then, %d now), so the run does not repeat what it would have "
-            "been",
-            manifest.num_images,
-            num_images,
-        )
-    now = json.loads(json.dumps(dict(options)))  # tuples are lists in the manifest
-    changed = {name for name in now if name in manifest.options and manifest.options[name] != now[name]}
-    for name in sorted(changed):
-        counts = " (the state's counts)" if name in KEPT_BY_STATE else ""
-        log.warning("--resume: --%s was %s, is %s%s", name, manifest.options[name], now[name], counts)
+    except (OSError, RuntimeError, KeyError, SafetensorError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"--resume {folder}: the state cannot be read ({reason}). Give an earlier one."
+        ) from error
