@@ -64,6 +64,18 @@ def test_pixels_are_those_of_the_reference_without_alpha(case, reference):
     assert (cut[..., :3].transpose(2, 0, 1) == reference[f"image/{case}"]).all()
 
 
+def test_a_mask_image_is_cut_like_its_picture_where_sd_scripts_squashes_it():
+    """On purpose: 389x701 fits a bucket of 192x320 only nearly, and a squashed mask lies beside what it covers."""
+    with np.load(DATA / "other_aspect.npz") as arrays:
+        reference = dict(arrays)
+    with Image.open(io.BytesIO(reference["mask_png"].tobytes())) as image:
+        pixels = np.asarray(image.convert("L"))
+    cut = Transform((389, 701), (192, 346), (0, 13), (192, 320))
+    weights = to_array(shrink(apply(cut, pixels)))
+    assert np.abs(weights - reference["aligned"]).max() < 1e-6  # what sd-scripts makes of the same mask as transparency
+    assert np.abs(weights - reference["squashed"]).max() > 0.5
+
+
 def test_shrinking_loses_nothing():
     pixels = np.random.default_rng(0).integers(0, 256, (48, 80), dtype=np.uint8)
     sums = shrink(pixels)
