@@ -94,8 +94,13 @@ class ModelFamily(Protocol):
     def lora_targets(self, parts: Parts) -> Iterable[LoraTarget]:
         """Return every module that a LoRA can adapt, in the order of LoRA files."""
 
-    def enable_gradient_checkpointing(self, parts: Parts, train_text_encoder: bool) -> None:
-        """Make the denoiser, and on demand the text encoders, recompute activations in the backward pass."""
+    def enable_gradient_checkpointing(
+        self, parts: Parts, train_text_encoder: bool, *, is_offloaded: bool = False
+    ) -> None:
+        """Make the denoiser, and on demand the text encoders, recompute activations in the backward pass.
+
+        is_offloaded: what the denoiser recomputes from waits in main memory, see `checkpointing.offloaded`.
+        """
 
     def set_attention(self, parts: Parts, kind: str) -> None:
         """Choose the denoiser's attention: "sdpa" or "xformers" (a warning and sdpa where that cannot be used)."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.batch import Batch
 from library.errors import CheckpointError
-from library.models import clip, clip_tokens, folders, unet, vae
+from library.models import checkpointing, clip, clip_tokens, folders, unet, vae
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix, open_tensors
 from library.models.family import LatentSpace, LoraTarget, Parts
 from library.models.layout import clip as clip_layout
@@ -214,13 +214,16 @@ class Sd:
         """Yield every module that a LoRA can adapt, in the order of LoRA files: text encoder, then U-Net."""
         return lora_targets_of(parts.text_encoders, parts.denoiser)
 
-    def enable_gradient_checkpointing(self, parts: Parts, train_text_encoder: bool) -> None:
+    def enable_gradient_checkpointing(
+        self, parts: Parts, train_text_encoder: bool, *, is_offloaded: bool = False
+    ) -> None:
         """Trade time for memory: the U-Net's, and on demand the text encoder's, activations are computed twice.
 
-        Both are put in train mode, without which transformers ignores the setting; neither has dropout.
+        Both are put in train mode, without which transformers ignores the setting; neither has dropout. is_offloaded
+        is for the U-Net: the text encoder's checkpoints are some 100 kB each.
         """
         denoiser: Any = parts.denoiser
-        denoiser.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing(checkpointing.offloaded if is_offloaded else None)
         denoiser.train()
         if train_text_encoder:
             text_encoder: Any = parts.text_encoders[0]

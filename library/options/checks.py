@@ -19,6 +19,7 @@ def check_options(options: Options) -> list[str]:
     """
     _check_required(options)
     _check_loss(options)
+    _check_fused(options)
     _check_rates(options)
     _check_resume(options)
     return [
@@ -103,6 +104,21 @@ def _check_rates(options: Options) -> None:
         )
 
 
+def _check_fused(options: Options) -> None:
+    if not options.optimizer.fused_backward_pass:
+        return
+    if options.training.gradient_accumulation_steps > 1:
+        raise OptionError(
+            "--fused_backward_pass frees each gradient at once, which leaves nothing for --gradient_accumulation_steps "
+            f"{options.training.gradient_accumulation_steps} to add up. Leave one of them out."
+        )
+    if options.training.mixed_precision == "fp16":
+        raise OptionError(
+            "--fused_backward_pass cannot have --mixed_precision fp16, where a step whose gradients overflow is left "
+            "out as a whole. Use bf16."
+        )
+
+
 def _idle_data_options(options: Options) -> Iterator[str]:
     captions, caching, noise = options.captions, options.caching, options.noise
     if options.model.v2 and options.model.clip_skip is not None:
@@ -127,6 +143,9 @@ def _idle_training_options(options: Options) -> Iterator[str]:
         yield "--max_train_steps has no effect: --max_train_epochs decides"
     if training.dynamo_backend not in ("inductor", "no") and not training.torch_compile:
         yield "--dynamo_backend has no effect without --torch_compile"
+    if options.optimizer.fused_backward_pass and options.optimizer.max_grad_norm:
+        norm = options.optimizer.max_grad_norm
+        yield f"--max_grad_norm {norm:g} with --fused_backward_pass: clips each weight's gradient alone; 0 is off"
     if network.network_train_unet_only and network.text_encoder_lr is not None:
         yield "--text_encoder_lr has no effect: --network_train_unet_only leaves the text encoder as it is"
     if network.network_train_text_encoder_only and network.unet_lr is not None:

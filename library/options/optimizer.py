@@ -19,6 +19,9 @@ class OptimizerOptions:
     )
     learning_rate: float = option(2e-6, "Learning rate of all that has none of its own.", bounds=Bounds(min=0))
     max_grad_norm: float = option(1.0, "Clip the gradient to this norm. 0 is off.", bounds=Bounds(min=0))
+    fused_backward_pass: bool = option(
+        False, "Step each weight within the backward pass and free its gradient at once: less memory. For one process."
+    )
     use_8bit_adam: bool = option(False, "Old spelling of --optimizer_type AdamW8bit.")
     use_lion_optimizer: bool = option(False, "Old spelling of --optimizer_type Lion.")
 

@@ -40,13 +40,6 @@ REFUSED = (
     Elsewhere("zero3_init_flag", bool, False, _DEEPSPEED),
     Elsewhere("zero3_save_16bit_model", bool, False, _DEEPSPEED),
     Elsewhere("fp16_master_weights_and_gradients", bool, False, _DEEPSPEED),
-    Elsewhere("fused_backward_pass", bool, False, "no optimizer here steps during the backward pass"),
-    Elsewhere(
-        "cpu_offload_checkpointing",
-        bool,
-        False,
-        "activations are not moved to main memory; use --gradient_checkpointing alone",
-    ),
 )  # fmt: skip
 
 # Given with another value than its default, such an option is a warning.

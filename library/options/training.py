@@ -34,6 +34,10 @@ class TrainingOptions:
     gradient_checkpointing: bool = option(
         False, "Compute activations twice instead of keeping them: less memory, slower."
     )
+    cpu_offload_checkpointing: bool = option(
+        False,
+        "Keep the U-Net's checkpoints in main memory: still less GPU memory. Switches --gradient_checkpointing on.",
+    )
     max_data_loader_n_workers: int = option(
         8, "Processes that load images, at most one per CPU core; 0 loads in the main process.", bounds=Bounds(min=0)
     )
@@ -71,6 +75,8 @@ class TrainingOptions:
         check_values(self)
         if self.initial_epoch == 0:
             settle(self, "initial_epoch", None)
+        if self.cpu_offload_checkpointing:
+            settle(self, "gradient_checkpointing", True)
         for is_full, name in ((self.full_fp16, "fp16"), (self.full_bf16, "bf16")):
             if is_full and self.mixed_precision != name:
                 raise OptionError(

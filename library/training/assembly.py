@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
 from library.models import float8
-from library.training import changes, file_metadata, optimizers, schedules, state, trainee
+from library.training import changes, file_metadata, fused, optimizers, schedules, state, trainee
 from library.training import data as training_data
 from library.training.data import Data
 from library.training.file_metadata import Hashes
@@ -148,30 +148,16 @@ def settle_weights(setting: Setting, parts: Parts) -> None:
 def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: Hashes | None) -> Run:
     """Return the run: the network made and attached, the optimizer and everything else around it."""
     options, accelerator, plan = setting.options, setting.accelerator, setting.plan
-    formats = setting.checked.precision
-    with float8.refusing(options.network.network_module):
-        trained = trainee.create(
-            setting.checked.network_module,
-            options.network,
-            options.optimizer.learning_rate,
-            setting.family,
-            parts,
-            dtypes=(formats.trained, save_dtype(options.saving.save_precision)),
-            device=accelerator.device,
-        )
-        for model in formats.float8_parts(parts):
-            float8.try_adapted(model, formats.frozen)
-    if options.training.gradient_checkpointing:
-        setting.family.enable_gradient_checkpointing(parts, trained.is_text_trained)
-        trained.enable_gradient_checkpointing()
-    if any(sample.subset.diff_output_preservation for sample in setting.checked.data.all_samples):
-        with trained.untrained():  # a network that cannot be switched off is refused here, not in the middle
-            log.info("diff_output_preservation: batches with such images predict twice")
+    trained = make_trainee(setting, parts)
     if options.training.torch_compile:
         compile_blocks(parts, options.training.dynamo_backend)
     groups = trained.parameter_groups()
     optimizer = optimizers.create(options.optimizer, groups.groups)
     optimizers.train_mode(optimizer)
+    is_fused = options.optimizer.fused_backward_pass
+    if is_fused:
+        fused.check_processes(accelerator.num_processes)
+        fused.step_in_backward(optimizer, options.optimizer.max_grad_norm)
     objective = setting.family.objective(options.noise, options.loss).to(accelerator.device)
     step, prepared = accelerator.prepare(
         Step(
@@ -210,7 +196,7 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
         ),
         plan=plan,
         max_train_steps=setting.max_train_steps,
-        max_grad_norm=options.optimizer.max_grad_norm,
+        max_grad_norm=0 if is_fused else options.optimizer.max_grad_norm,
         latents_of=latents_of,
         learning_rates=lambda: learning_rates(optimizer, groups.descriptions),
         saver=saver,
@@ -231,6 +217,32 @@ def publishers(uploads: Uploads | None, options: HubOptions) -> tuple[Publish, P
     if uploads is None:
         return None, None
     return uploads.add, uploads.add if options.save_state_to_huggingface else None
+
+
+def make_trainee(setting: Setting, parts: Parts) -> trainee.NetworkTrainee:
+    """Return the network, attached to the models; activations are recomputed where that is wanted."""
+    options, formats = setting.options, setting.checked.precision
+    with float8.refusing(options.network.network_module):
+        trained = trainee.create(
+            setting.checked.network_module,
+            options.network,
+            options.optimizer.learning_rate,
+            setting.family,
+            parts,
+            dtypes=(formats.trained, save_dtype(options.saving.save_precision)),
+            device=setting.accelerator.device,
+        )
+        for model in formats.float8_parts(parts):
+            float8.try_adapted(model, formats.frozen)
+    if options.training.gradient_checkpointing:
+        setting.family.enable_gradient_checkpointing(
+            parts, trained.is_text_trained, is_offloaded=options.training.cpu_offload_checkpointing
+        )
+        trained.enable_gradient_checkpointing()
+    if any(sample.subset.diff_output_preservation for sample in setting.checked.data.all_samples):
+        with trained.untrained():  # a network that cannot be switched off is refused here, not in the middle
+            log.info("diff_output_preservation: batches with such images predict twice")
+    return trained
 
 
 def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], None]:

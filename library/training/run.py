@@ -28,6 +28,7 @@ from library.training import (
     changes,
     diagnosis,
     disk_space,
+    fused,
     hub,
     loop,
     optimizers,
@@ -177,6 +178,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
         latents.check_writable(data.all_samples, family.name, cache_dir)
     # over one weight: finds what only the optimizer's and the schedule's own code can tell
     schedules.rehearse(options.schedule, optimizers.rehearse(options.optimizer))
+    fused.check(options.optimizer)
     return Checked(network_module, formats, tracker_names, data, prompts, resumed)
 
 

@@ -51,6 +51,8 @@ def test_showing_a_dataset_needs_no_model():
         (["--adaptive_noise_scale=0.1"], "--adaptive_noise_scale changes --noise_offset"),
         (["--scale_v_pred_loss_like_noise_pred"], "needs --v_parameterization"),
         (["--v_pred_like_loss=0.5", "--v_parameterization"], "--v_pred_like_loss is not for --v_parameterization"),
+        (["--fused_backward_pass", "--gradient_accumulation_steps=2"], "--gradient_accumulation_steps 2 to add up"),
+        (["--fused_backward_pass", "--mixed_precision=fp16"], "--fused_backward_pass cannot have .* fp16"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(arguments: list[str], message: str):
