@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 SHUFFLE_SEED = 0  # the same files give the same result
 NOTICEABLE = 0.01  # a residual from which on a warning is due
 ROUNDING = 1e-5  # a residual below is none
+SURPLUS = 1e-6  # a singular value below this share of the largest is float32's rounding, and adds nothing to a sum
 Term = tuple[StoredModule, float]  # a module and the ratio it is added with
 
 
@@ -96,28 +97,41 @@ def truncated(module: StoredModule, rank: int, scale: float, device: torch.devic
     return Combined(StoredModule(new_down, new_up, scale * kept), merging.residual(s, kept))
 
 
+def condensed(module: StoredModule) -> StoredModule:
+    """Return a module of the lowest rank, at least 1, that does the same; itself where that is its own rank."""
+    u, s, vh = merging.singular(module.down, module.up)
+    kept = max(1, int((s > SURPLUS * s[0]).sum()))
+    if kept == module.rank:
+        return module
+    down, up = merging.shaped(*merging.cut((u, s, vh), kept), tuple(module.down.shape[1:]))
+    return StoredModule(down, up, module.alpha / module.rank * kept)
+
+
 def merge(terms: Mapping[str, Sequence[Term]], *, concat: bool, shuffle: bool) -> dict[str, StoredModule]:
     """Return the sum of LoRA files, module by module.
 
     Args:
         terms: from `terms_of`.
-        concat: exact, with ranks that add up. Otherwise a module keeps the largest rank of its terms and is the best
-            approximation of the sum with it, and the log says what that leaves out.
+        concat: ranks add up. Otherwise a module gets the lowest rank that holds the sum. Both are exact.
         shuffle: put the ranks of each module into another order.
     """
     generator = torch.Generator().manual_seed(SHUFFLE_SEED)
-    merged, residuals = {}, {}
+    merged = {}
     for name, parts in progress(terms.items(), label="merge", unit="module"):
         module = concatenated(parts)
-        if not concat:
-            rank = max(part.rank for part, _ in parts)
-            done = truncated(module, rank, module.alpha / module.rank)
-            module, residuals[name] = done.module, done.residual
+        if not concat and len(parts) > 1:
+            module = condensed(module)
         if shuffle:
             down, up = merging.shuffled(module.down, module.up, generator)
             module = StoredModule(down, up, module.alpha)
         merged[name] = module
-    report(residuals, "--concat gives the exact sum")
+    before = {part.rank for parts in terms.values() for part, _ in parts}
+    if max(module.rank for module in merged.values()) > max(before):
+        log.info(
+            "ranks of up to %d became up to %d, which the exact sum needs; resize_lora.py brings them down",
+            max(before),
+            max(module.rank for module in merged.values()),
+        )
     return merged
 
 
