@@ -82,7 +82,12 @@ def check_writable(samples: Iterable[Sample], family: str, cache_dir: Path | Non
 
 
 def build_store(
-    samples: Sequence[Sample], settings: LatentSettings, encode: Encoder, *, wait: Callable[[], None] = lambda: None
+    samples: Sequence[Sample],
+    settings: LatentSettings,
+    encode: Encoder,
+    *,
+    wait: Callable[[], None] = lambda: None,
+    total: Callable[[list[int]], list[int]] = list,
 ) -> LatentStore:
     """Return the latents and masks of all samples, encoding only what is missing or stale.
 
@@ -91,6 +96,7 @@ def build_store(
         settings: what all entries have in common.
         encode: see cache.fill.Encoder.
         wait: blocks until every process has called it; entry i is made by process i modulo their number.
+        total: returns the sums over all processes, which call it together.
 
     Raises: DataError, see cache.fill.fill.
     """
@@ -104,7 +110,8 @@ def build_store(
         log.info("latents: %d images encoded and kept in memory", len(made))
         return LatentStore([Stored(made[key], key[2].kind) for key in keys])
     places = _places(list(flips), settings)
-    _update(places, flips, settings, encode, wait)
+    _update(places, flips, settings, encode, total)
+    wait()  # nobody reads before all is written
     return LatentStore([Stored(places[key], key[2].kind) for key in keys])
 
 
@@ -129,19 +136,18 @@ def _update(
     flips: Mapping[Key, bool],
     settings: LatentSettings,
     encode: Encoder,
-    wait: Callable[[], None],
+    total: Callable[[list[int]], list[int]],
 ) -> None:
-    """Bring the entries on disk up to date."""
+    """Bring this process's entries on disk up to date."""
 
     def judge(key: Key) -> Verdict:
         if settings.skip_check:
             return Verdict(State.FRESH if places[key].exists() else State.MISSING)
         return latents.judge(places[key], _wanted(key, needs_flipped=flips[key], settings=settings))
 
-    with ThreadPoolExecutor(default_num_threads()) as pool:
-        verdicts = dict(zip(places, pool.map(judge, places), strict=True))
-    wait()  # nobody writes while another still judges
     own = [key for i, key in enumerate(places) if i % settings.num_processes == settings.process_index]
+    with ThreadPoolExecutor(default_num_threads()) as pool:
+        verdicts = dict(zip(own, pool.map(judge, own), strict=True))
     by_state = {state: [key for key in own if verdicts[key].state == state] for state in State}
     for key in by_state[State.DAMAGED]:
         log.warning("%s: the cache entry is damaged and is made again", places[key])
@@ -153,15 +159,16 @@ def _update(
             _restamp(places[key], key, verdicts[key])
     _renew_masks(by_state[State.MASK_STALE], places, verdicts)
     _encode(stale, flips, settings, encode, lambda key, cached, made_of: latents.write(places[key], cached, made_of))
-    counts = Counter(verdict.state for verdict in verdicts.values())
+    num_fresh, num_renewed, num_encoded = total(
+        [len(by_state[State.FRESH]), len(by_state[State.MASK_STALE]), len(stale)]
+    )
     log.info(
         "latents: %d entries %s, %d masks changed, %d encoded",
-        counts[State.FRESH],
+        num_fresh,
         "taken unchecked" if settings.skip_check else "up to date",
-        counts[State.MASK_STALE],
-        len(verdicts) - counts[State.FRESH] - counts[State.MASK_STALE],
+        num_renewed,
+        num_encoded,
     )
-    wait()  # nobody reads before all is written
 
 
 def _wanted(key: Key, *, needs_flipped: bool, settings: LatentSettings) -> Wanted:

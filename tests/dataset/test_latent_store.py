@@ -269,8 +269,26 @@ def test_several_processes_share_the_work(pictures, encoder):
     for index in (0, 1):
         settings = settings_of(process_index=index, num_processes=2)
         build_store(samples, settings, encoder, wait=lambda: waited.append(encoder.num_encoded))
-    assert waited == [0, 2, 2, 3]  # before and after each process's part
+    assert waited == [2, 3]  # after each process's part
     assert len(entries_of(pictures[0].parent)) == 3
+
+
+def test_each_process_looks_at_its_own_entries_and_tells_of_all(pictures, encoder, caplog):
+    caplog.set_level(logging.INFO)
+    samples = [sample_of(picture) for picture in pictures]
+    build_store(samples, settings_of(), encoder)
+    save_picture(pictures[1], 70)
+    told = []
+
+    def total(counts):
+        told.append(counts)
+        return [10 * count for count in counts]
+
+    encoder.taken()
+    build_store(samples, settings_of(process_index=0, num_processes=2), encoder, total=total)
+    assert encoder.taken() == 0, "the changed picture is the other process's"
+    assert told == [[2, 0, 0]]
+    assert caplog.messages[-1] == "latents: 20 entries up to date, 0 masks changed, 0 encoded"
 
 
 def test_an_unchecked_cache_is_not_opened(pictures, encoder, caplog):
