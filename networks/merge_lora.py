@@ -43,8 +43,8 @@ class MergeOptions:
     )
     concat: bool = option(
         False,
-        "Merge LoRA files with each other by putting their ranks side by side. Without it a module gets the lowest rank "
-        "that holds the sum. Both are exact.",
+        "Merge LoRA files with each other by putting their ranks side by side. Without it a module gets the lowest "
+        "rank that holds the sum. Both are exact.",
     )
     shuffle: bool = option(False, "Put the ranks of each merged LoRA module into another order.")
     no_metadata: bool = option(False, "Leave out of the file what it was merged from.")
