@@ -98,8 +98,9 @@ def _parsed(file: Path, text: str, *, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(f"{file}: line {line}, column {error.colno}: is not valid JSON ({error.msg}).") from None
-    except RecursionError:
-        raise DataError(f"{file}: is not valid JSON (nested too deeply).") from None
+    except (RecursionError, ValueError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
+        raise DataError(f"{file}: is not valid JSON ({reason}).") from None
 
 
 def _entry(place: str, name: str, fields: Mapping[str, Any], subset: SubsetConfig) -> Entry:

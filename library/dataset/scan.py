@@ -86,7 +86,8 @@ def _divided(datasets: Sequence[Sequence[Sample]], findings: _Findings) -> tuple
     folders = {folder: folder.resolve() for folder in {s.path.parent for samples in datasets for s in samples}}
 
     def identity(sample: Sample) -> Path:
-        return folders[sample.path.parent] / sample.path.name
+        path = folders[sample.path.parent] / sample.path.name
+        return path.resolve() if path.is_symlink() else path
 
     held = {identity(sample) for sample in validation}
     trained: list[Sample] = []
@@ -247,7 +248,10 @@ def _masks(
 def _mask_folder(image: Path, subset: SubsetConfig) -> Path | None:
     folder = subset.conditioning_data_dir
     if folder is not None and image.parent != subset.image_dir and image.is_relative_to(subset.image_dir):
-        within = folder / image.parent.relative_to(subset.image_dir)
+        inner = image.parent.relative_to(subset.image_dir)
+        if ".." in inner.parts:  # leaves both folders: there it could find the image itself
+            return folder
+        within = folder / inner
         return within if within.is_dir() else folder
     return folder
 

@@ -166,8 +166,10 @@ def read(resumed: Resumed) -> Contents:
         return Contents(
             weights, live["optimizer"], live["scheduler"], live["scaler"], resumed.history, resumed.validations
         )
-    except (OSError, RuntimeError, KeyError, SafetensorError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"--resume {folder}: {OPTIMIZER} is damaged. Give an earlier state.") from error
+    except (OSError, RuntimeError, KeyError, SafetensorError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"--resume {folder}: the state cannot be read ({reason}). Give an earlier one."
         ) from error

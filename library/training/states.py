@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,12 +96,16 @@ class StateSaver:
 
 
 def remove_abandoned(saver: Saver) -> None:
-    """Remove what a killed run of this name left half written or half removed."""
-    for stem in {path.stem for path in (saver.final_path(), saver.step_path(0), saver.epoch_path(0))}:
-        name = stem.partition("-step0000")[0].removesuffix("-000000")
-        for ending in (GONE, f".*{MARK}"):
-            for left in saver.folder.glob(f".{glob.escape(name)}*-state{ending}"):
-                shutil.rmtree(left, ignore_errors=True)
+    """Remove what a killed run of this name left half written or half removed; other runs share the folder."""
+    names = (
+        re.escape(saver.final_path().stem),
+        re.escape(saver.step_path(0).stem.removesuffix("0" * 8)) + r"\d{8,}",
+        re.escape(saver.epoch_path(0).stem.removesuffix("0" * 6)) + r"\d{6,}",
+    )
+    abandoned = re.compile(rf"\.({'|'.join(names)})-state({re.escape(GONE)}|\.\d+{re.escape(MARK)})")
+    for left in saver.folder.iterdir():
+        if abandoned.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def state_folder(file: Path) -> Path:

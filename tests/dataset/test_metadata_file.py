@@ -183,6 +183,16 @@ def test_images_of_one_name_have_their_masks_in_folders_of_the_same_names(folder
     assert found.problems == ()
 
 
+def test_an_image_outside_of_image_dir_is_never_taken_for_its_own_mask(folder):
+    image = save(folder / "photos" / "cat.png")
+    mask = save(folder / "masks" / "cat.png", mode="L")
+    (folder / "list").mkdir()
+    subset = write(folder / "list", {"../photos/cat.png": {"caption": "a"}}, conditioning_data_dir=folder / "masks")
+    (sample,) = scan_of(subset).samples
+    assert sample.path.samefile(image)
+    assert sample.mask == MaskSource("file", mask)
+
+
 def test_one_mask_for_images_of_one_name_in_two_folders_is_an_error(folder):
     (error,) = messages(nested(folder, "a.png"), "error")
     assert f"is the mask of {folder / 'one' / 'a.png'} as well as of {folder / 'two' / 'a.png'}" in error
@@ -204,6 +214,7 @@ def test_one_mask_for_images_of_one_name_in_two_folders_is_an_error(folder):
         ("m.jsonl", '{"caption": "x"}', r'line 1: has no "image_path"'),
         ("m.jsonl", '["x"]', r'line 1: must be an object with "image_path"'),
         ("m.json", "{}", r"m\.json: lists no images"),
+        ("meta.json", '{"a.png": {"image_size": [' + "1" * 5000 + ", 1]}}", "a number is too long"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_where_and_why(folder, name, text, expected):

@@ -84,6 +84,19 @@ def test_an_image_held_back_in_one_data_set_is_trained_in_no_other(tmp_path):
     assert "held back for validation in one subset, so no other trains on it" in said[0]
 
 
+def test_a_link_to_an_image_that_is_held_back_is_not_trained_on(tmp_path):
+    folder, links = draw(tmp_path / "a", "abcd"), tmp_path / "links"
+    links.mkdir()
+    for image in folder.iterdir():
+        (links / f"linked_{image.name}").symlink_to(image)
+    split = SubsetConfig(folder, class_tokens="x", validation_split=0.5)
+    found = scan([DatasetConfig((64, 64), (split, SubsetConfig(links, index=1, class_tokens="x")))])
+    held = names(found.validation)
+    assert len(held) == 2
+    assert len(found.samples) == 4
+    assert not {f"linked_{name}" for name in held} & {*names(found.samples)}
+
+
 def test_a_split_that_holds_nothing_back_is_said(tmp_path):
     config = SubsetConfig(draw(tmp_path / "a", "ab"), class_tokens="x", validation_split=0.1)
     found = scan([DatasetConfig((64, 64), (config,))])

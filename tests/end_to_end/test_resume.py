@@ -120,7 +120,7 @@ def test_what_has_changed_since_the_state_is_said(train, config, pictures, caplo
         )
     said = caplog.text
     assert "the dataset has changed (5 images then, 2 now)" in said
-    assert "--noise_offset was None, is 0.1" in said
+    assert "--noise_offset was not given, is 0.1" in said
     assert "--learning_rate was" in said
     assert "is 0.5 (the state's counts)" in said
 
@@ -145,6 +145,8 @@ def test_a_state_that_cannot_be_continued_is_refused_in_one_line(train, config, 
     assert "there is no such folder" in refusal(family, capsys, *again, tmp_path / "nowhere")
     assert "Raise --max_train_steps" in refusal(family, capsys, *again, folder)
     wider = ("--max_train_steps", 3, "--network_dim", 16)
+    other = ("--max_train_steps", 3, "--optimizer_type", "Lion")
+    assert "the optimizer AdamW, and this run has Lion" in refusal(family, capsys, *again, folder, *other)
     assert "Resume with the same network options" in refusal(family, capsys, *again, folder, *wider)
     foreign = tmp_path / "foreign"
     shutil.copytree(folder, foreign)
@@ -152,6 +154,25 @@ def test_a_state_that_cannot_be_continued_is_refused_in_one_line(train, config, 
     assert "state of another program" in refusal(family, capsys, *again, foreign)
     (foreign / "train_state.json").unlink()
     assert "no whole state" in refusal(family, capsys, *again, foreign)
+
+
+def test_a_damaged_state_is_refused_in_one_line(train, config, family, tmp_path, capsys):
+    whole = train(config, "--max_train_steps", 2, "--save_state", name="whole")
+    for name in ("network.safetensors", "optimizer.pt", "train_state.json"):
+        damaged = tmp_path / f"damaged {name}"
+        shutil.copytree(whole.folder / "out" / "lora-state", damaged)
+        content = (damaged / name).read_bytes()
+        for rest in (b"", content[: len(content) // 2], b"no state at all"):
+            (damaged / name).write_bytes(rest)
+            line = refusal(family, capsys, *whole.argv, "--resume", damaged, "--max_train_steps", 3)
+            assert line.startswith(f"error: --resume {damaged}: ")
+
+
+def test_a_new_schedule_counts_after_a_resume_and_a_new_rate_does_not(train, config):
+    short = train(config, "--max_train_steps", 2, "--save_state", name="short")
+    resume = ("--resume", short.folder / "out" / "lora-state", "--max_train_steps", 4)
+    rates = train(config, *resume, "--lr_scheduler", "linear", "--learning_rate", 0.5, name="b").curve("lr/unet")
+    assert rates == pytest.approx([0.25e-3, 0])  # as they are after steps 3 and 4
 
 
 def test_a_state_holds_the_weights_as_trained_not_as_saved(train, config):
@@ -193,8 +214,16 @@ def test_what_a_killed_run_left_half_is_removed_by_the_next(train, config):
     left = [run.folder / "out" / name for name in (".lora-step00000003-state.4711.part", ".lora-000002-state.gone")]
     for folder in left:
         (folder / "some").mkdir(parents=True)
-    other = run.folder / "out" / ".dog-step00000003-state.4711.part"
-    other.mkdir()
+    others = [
+        run.folder / "out" / name
+        for name in (
+            ".dog-step00000003-state.4711.part",
+            ".lora-dog-step00000003-state.4711.part",
+            ".lora2-state.7.part",
+        )
+    ]
+    for other in others:
+        other.mkdir()
     train(config, "--max_train_steps", 1, "--save_state", name="run")
     assert not any(folder.exists() for folder in left)
-    assert other.exists(), "of another run"
+    assert all(other.exists() for other in others), "of other runs, which may be writing them"
