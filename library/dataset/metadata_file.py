@@ -97,7 +97,10 @@ def _parsed(file: Path, text: str, *, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise DataError(f"{file}: line {line}, column {error.colno}: is not valid JSON ({error.msg}).") from None
+        hint = " A file with an entry on each line must end in .jsonl." if error.msg == "Extra data" else ""
+        if file.suffix.lower() == ".jsonl" and first_line == 1:
+            hint = " Each line must be an entry; a file that is one object must end in .json."
+        raise DataError(f"{file}: line {line}, column {error.colno}: is not valid JSON ({error.msg}).{hint}") from None
     except (RecursionError, ValueError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
         raise DataError(f"{file}: is not valid JSON ({reason}).") from None
@@ -114,7 +117,8 @@ def _text(place: str, key: str, value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(f"{place}: {key} must be a string, got {value!r}.")
-    return value
+    # half a character, which programs leave that cut texts to a length, could not be tokenized
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _size(place: str, value: Any) -> Size | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Their values are part of the optimizer's state, or of the network's, which is what counts after a resume.
-KEPT_BY_STATE = ("learning_rate", "unet_lr", "text_encoder_lr", "optimizer_args", "network_weights")
+KEPT_BY_STATE = ("learning_rate", "unet_lr", "text_encoder_lr", "optimizer_args", "network_weights", "network_alpha")
 # The groups whose options decide what is computed, and the options among them that do not.
 DECIDING = (
     "model", "dataset", "captions", "caching", "masks", "noise", "loss", "network", "optimizer", "schedule", "training",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NUM_TIMESTEPS = 4  # at which each batch is looked at
+MOST_NAMES = 5  # of images, in a message
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,17 @@ class Validator:
 
         Dropout and averaged weights are the caller's to switch.
         """
-        total = torch.zeros(2, device=self.accelerator.device)  # sum of losses, their number
+        measured: list[tuple[tuple[str, ...], Tensor]] = []  # a batch's names, its losses (B,) over the timesteps
         with random_states_kept(), torch.no_grad():
             numbered = zip(self.numbers, self.batches, strict=True)
             for number, batch in progress(numbered, label="validation", total=len(self.numbers), unit="batch"):
-                for loss in self._losses(number, batch.to(self.accelerator.device)):
-                    total += torch.stack([loss.float().sum(), total.new_full((), len(loss))])
+                per_image = torch.stack(self._losses(number, batch.to(self.accelerator.device)))
+                measured.append((batch.names, per_image.float().sum(dim=0)))
+        total = torch.zeros(2, device=self.accelerator.device)  # sum of losses, their number
+        for _, per_image in measured:
+            total += torch.stack([per_image.sum(), total.new_full((), len(per_image) * len(self.timesteps))])
+        if not total[0].isfinite():
+            warn_of_broken(measured)
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total, "sum")
         summed, count = total.tolist()
@@ -83,6 +90,14 @@ class Validator:
                 noised = self.step.objective.noise(clean, timesteps=timesteps)
                 measured.append(self.step.losses_of(batch, noised, text))
         return measured
+
+
+def warn_of_broken(measured: Sequence[tuple[tuple[str, ...], Tensor]]) -> None:
+    """Name the images whose loss is not a finite number: training goes on, but the mean tells nothing."""
+    broken = [name for names, per_image in measured for name, loss in zip(names, per_image.tolist(), strict=True)
+              if not math.isfinite(loss)]  # fmt: skip
+    more = f" and {len(broken) - MOST_NAMES} more" if len(broken) > MOST_NAMES else ""
+    log.warning("validation: the loss is not a finite number for %s%s", ", ".join(broken[:MOST_NAMES]), more)
 
 
 def timesteps_of(options: NoiseOptions) -> tuple[int, ...]:

@@ -76,6 +76,10 @@ def test_the_caption_is_caption_separator_tags(folder, entry, keys, expected):
     assert captions_of(folder, entry, **keys) == expected
 
 
+def test_half_a_character_in_a_caption_is_no_reason_to_stop(folder):
+    assert captions_of(folder, {"caption": "a cat \ud83d\ude00 \ud83d"}) == ("a cat \U0001f600 \ufffd",)
+
+
 def test_an_entry_without_text_gets_the_class_tokens_or_an_empty_caption_with_a_warning(folder):
     save(folder / "a.png")
     found = scan_of(write(folder, {"a.png": {}}, class_tokens="cat"))
@@ -214,6 +218,8 @@ def test_one_mask_for_images_of_one_name_in_two_folders_is_an_error(folder):
         ("m.jsonl", '{"caption": "x"}', r'line 1: has no "image_path"'),
         ("m.jsonl", '["x"]', r'line 1: must be an object with "image_path"'),
         ("m.json", "{}", r"m\.json: lists no images"),
+        ("m.json", '{"image_path": "a.png"}\n{"image_path": "b.png"}', r"must end in \.jsonl"),
+        ("m.jsonl", '{\n"a.png": {"caption": "x"}}', r"must end in \.json\."),
         ("meta.json", '{"a.png": {"image_size": [' + "1" * 5000 + ", 1]}}", "a number is too long"),
     ],
 )

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from library.options.noise import NoiseOptions
-from library.training.validation import Validator, timesteps_of
+from library.training.validation import Validator, timesteps_of, warn_of_broken
 
 VALIDATOR = Validator(None, None, None, (), (), (), 0)  # type: ignore[arg-type]
 
@@ -29,3 +30,10 @@ def test_steps_come_on_top_of_epochs():
     assert [often.is_due(None, step) for step in (2, 3, 4, 6)] == [False, True, False, True]
     assert often.is_due(1, 4)
     assert not often.is_step_due(4)
+
+
+def test_images_whose_loss_is_no_number_are_named(caplog):
+    measured = [(("a.png", "b.png"), torch.tensor([1.0, float("nan")])), (("c.png",), torch.tensor([float("inf")]))]
+    warn_of_broken(measured)
+    assert "not a finite number for b.png, c.png" in caplog.text
+    assert "a.png" not in caplog.text
