@@ -223,6 +223,24 @@ def test_a_cache_that_is_not_to_be_checked_is_taken_as_it_is(train, pictures, tm
     assert train(config, *cached, name="checked").losses != before
 
 
+@pytest.mark.parametrize(("size", "batches"), [(1, [1, 1]), (2, [2])])
+def test_the_vae_takes_vae_batch_size_pictures_at_a_time_in_training_too(
+    size: int, batches: list[int], train, config, monkeypatch
+) -> None:
+    from diffusers import AutoencoderKL
+
+    seen: list[int] = []
+    encode = AutoencoderKL.encode
+
+    def noted(vae: AutoencoderKL, images: torch.Tensor, *more: Any, **settings: Any) -> Any:
+        seen.append(len(images))
+        return encode(vae, images, *more, **settings)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", noted)
+    train(config, "--max_train_steps", 1, "--vae_batch_size", size)
+    assert seen == batches
+
+
 # ---- what is saved ---------------------------------------------------------------------------------------------
 
 

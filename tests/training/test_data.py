@@ -1,4 +1,4 @@
-"""How pictures become latents: in batches of --vae_batch_size, before training and during it."""
+"""How pictures become latents before training: in batches of --vae_batch_size."""
 
 from pathlib import Path
 
@@ -57,10 +57,3 @@ def test_the_vae_takes_vae_batch_size_pictures_at_a_time_while_caching(size, bat
     data = training_data.read(options, 64)
     training_data.cache(data, options.caching, family, PARTS, "vae", Accelerator(cpu=True))
     assert sorted(family.batches, reverse=True) == batches
-
-
-def test_the_vae_takes_vae_batch_size_pictures_at_a_time_in_training_too() -> None:
-    family = Counting()
-    latents_of = training_data.latents_of(family, PARTS, 2)
-    assert latents_of(torch.zeros(5, 3, 64, 64), None).shape == (5, 4, 8, 8)
-    assert family.batches == [2, 2, 1]
