@@ -23,7 +23,6 @@ LIST: dict[str, dict[str, Any]] = read_toml(Path(__file__).with_name("options_of
 REFERENCE = json.loads((TESTS / "data" / "options_train_network.json").read_text("utf-8"))
 WORKING = {name: row["works"] for name, row in LIST.items() if "works" in row}
 GIVEN_UP = [(name, kind) for name, row in LIST.items() for kind in ("refused", "ignored") if kind in row]
-OURS = {"cache_dir", "missing_mask", "report"}  # sd-scripts has no such option
 
 
 @cache
@@ -50,7 +49,7 @@ def read(*argv: str) -> tuple[str, ...]:
 
 
 def test_every_option_has_its_row() -> None:
-    assert set(LIST) == set(REFERENCE) | OURS
+    assert set(LIST) == {*REFERENCE, *all_declared()}
 
 
 @pytest.mark.parametrize("name", LIST)
