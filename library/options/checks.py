@@ -8,6 +8,7 @@ from pathlib import Path
 from library.errors import OptionError
 from library.options.groups import Options
 from library.options.hub import hub_place
+from library.options.sharing import check_deepspeed, idle_deepspeed_options
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt")
 
@@ -19,12 +20,14 @@ def check_options(options: Options) -> list[str]:
     """
     _check_required(options)
     _check_loss(options)
+    check_deepspeed(options)
     _check_fused(options)
     _check_rates(options)
     _check_resume(options)
     return [
         *_idle_data_options(options),
         *_idle_training_options(options),
+        *idle_deepspeed_options(options),
         *_idle_saving_options(options),
         *_idle_hub_options(options),
         *_idle_logging_options(options),

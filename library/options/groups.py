@@ -10,6 +10,7 @@ from library.options.caching import CachingOptions
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
 from library.options.declare import build, declared
+from library.options.deepspeed import DeepSpeedOptions
 from library.options.hub import HubOptions
 from library.options.logging import LoggingOptions
 from library.options.loss import LossOptions
@@ -42,6 +43,7 @@ class Options:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
     saving: SavingOptions = field(default_factory=SavingOptions)
     hub: HubOptions = field(default_factory=HubOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -62,6 +64,7 @@ GROUPS: Mapping[str, type] = {
     "optimizer": OptimizerOptions,
     "schedule": ScheduleOptions,
     "training": TrainingOptions,
+    "deepspeed": DeepSpeedOptions,
     "saving": SavingOptions,
     "hub": HubOptions,
     "sampling": SamplingOptions,

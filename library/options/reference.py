@@ -9,7 +9,6 @@ from typing import Any
 from library.options.values import Declared
 
 _DATA = "images are described by --dataset_config or --train_data_dir, with captions in files beside them"
-_DEEPSPEED = "DeepSpeed is not supported by this version; accelerate's data parallelism is"
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,12 @@ class Elsewhere:
 # Given with another value than its default or 0, such an option is an error.
 REFUSED = (
     Elsewhere("dataset_class", str, None, f"a dataset class of one's own cannot be plugged in; {_DATA}"),
-    Elsewhere("deepspeed", bool, False, _DEEPSPEED),
-    Elsewhere("zero_stage", int, 2, _DEEPSPEED),
-    Elsewhere("offload_optimizer_device", str, None, _DEEPSPEED),
-    Elsewhere("offload_optimizer_nvme_path", str, None, _DEEPSPEED),
-    Elsewhere("offload_param_device", str, None, _DEEPSPEED),
-    Elsewhere("offload_param_nvme_path", str, None, _DEEPSPEED),
-    Elsewhere("zero3_init_flag", bool, False, _DEEPSPEED),
-    Elsewhere("zero3_save_16bit_model", bool, False, _DEEPSPEED),
-    Elsewhere("fp16_master_weights_and_gradients", bool, False, _DEEPSPEED),
+    Elsewhere(
+        "zero3_init_flag",
+        bool,
+        False,
+        "only trained weights are shared out; the other models are loaded whole by every process",
+    ),
 )  # fmt: skip
 
 # Given with another value than its default, such an option is a warning.

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
 from library.models import float8
-from library.training import changes, file_metadata, fused, optimizers, schedules, state, trainee
+from library.training import changes, distribution, file_metadata, fused, optimizers, schedules, state, trainee
 from library.training import data as training_data
 from library.training.data import Data
 from library.training.file_metadata import Hashes
@@ -159,7 +159,8 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
         fused.check_processes(accelerator.num_processes)
         fused.step_in_backward(optimizer, options.optimizer.max_grad_norm)
     objective = setting.family.objective(options.noise, options.loss).to(accelerator.device)
-    step, prepared = accelerator.prepare(
+    step, prepared = distribution.prepare(
+        accelerator,
         Step(
             setting.family,
             parts,
@@ -170,7 +171,9 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
             untrained=trained.untrained,
         ),
         optimizer,
+        setting.checked.precision.autocast,
     )
+    optimizer = distribution.innermost(prepared)
     num_epochs = -(-setting.max_train_steps // plan.steps_per_epoch)
     scheduler = schedules.create(options.schedule, optimizer, setting.max_train_steps)
     history = LossHistory(plan.steps_per_epoch)

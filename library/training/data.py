@@ -118,7 +118,14 @@ def cache(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    return latents.build_store(data.all_samples, settings, encoder(family, parts), wait=accelerator.wait_for_everyone)
+
+    def total(counts: list[int]) -> list[int]:
+        summed: Tensor = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum")
+        return summed.tolist()
+
+    return latents.build_store(
+        data.all_samples, settings, encoder(family, parts), wait=accelerator.wait_for_everyone, total=total
+    )
 
 
 def latents_of(family: ModelFamily, parts: Parts, batch_size: int) -> Callable[[Tensor | None, Tensor | None], Tensor]:

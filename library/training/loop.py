@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.errors import DataError
 from library.progress import progress
-from library.training import draws, interrupts, optimizers, schedules
+from library.training import distribution, draws, interrupts, optimizers, schedules
 from library.training.metrics import LossHistory, LossReader, LossRecord, StepLosses, ValidationRecord
 
 if TYPE_CHECKING:
@@ -154,10 +154,10 @@ def backward(run: Run, batch: Batch, place: Place) -> Tensor:
     batch = batch.to(run.accelerator.device)
     draws.seed_batch(run.plan.seed, place.position, run.accelerator.process_index)
     run.trainee.before_batch()
-    with nullcontext() if place.is_update else run.accelerator.no_sync(run.step):
+    with distribution.gradients_of(run.accelerator, run.step, is_update=place.is_update):
         per_image: Tensor = run.step(batch, run.latents_of(batch))
         # as sd-scripts: a short last group of an epoch is divided by the full accumulation too
-        run.accelerator.backward(per_image.mean() / run.plan.gradient_accumulation_steps)
+        distribution.backward(run.accelerator, per_image.mean() / run.plan.gradient_accumulation_steps)
     return per_image.detach()  # a loss that is kept must not keep its graph
 
 
@@ -245,7 +245,8 @@ def evaluating(run: Run) -> Iterator[None]:
     run.trainee.eval()
     optimizers.eval_mode(run.optimizer)
     try:
-        yield
+        with distribution.whole_weights(run.step):
+            yield
     finally:
         optimizers.train_mode(run.optimizer)
         run.trainee.train()

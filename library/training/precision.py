@@ -27,6 +27,11 @@ class Precision:
     is_denoiser_float8: bool = False  # frozen weights are stored in a byte each, and cast to `frozen` to compute
     is_text_float8: bool = False
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What most of the arithmetic is done in; None: float32 throughout."""
+        return None if self.mixed == "no" else DTYPES[self.mixed]
+
     @staticmethod
     def of(
         mixed: str,

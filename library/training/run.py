@@ -7,18 +7,11 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    set_seed,
-)
+from accelerate.utils import broadcast_object_list, set_seed
 
 from library.dataset import latents
 from library.errors import OptionError
@@ -28,6 +21,7 @@ from library.training import (
     changes,
     diagnosis,
     disk_space,
+    distribution,
     fused,
     hub,
     loop,
@@ -148,6 +142,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
 
     Raises: UserError.
     """
+    distribution.check(options)
     network_module = trainee.check(options.network)
     given = [("--network_weights", options.network.network_weights)]
     given += [("--base_weights", file) for file in options.network.base_weights or ()]
@@ -173,6 +168,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
     if resumed is not None:
         changes.refuse_other_kinds(resumed.manifest, options)
     data = training_data.read(options, family.bucket_step_multiple)
+    distribution.check_validation(options.deepspeed, len(data.validation))
     if options.caching.cache_latents_to_disk:
         cache_dir = Path(options.caching.cache_dir) if options.caching.cache_dir else None
         latents.check_writable(data.all_samples, family.name, cache_dir)
@@ -197,27 +193,20 @@ def find_state(options: Options) -> Resumed | None:
 
 def make_accelerator(options: Options, checked: Checked) -> Accelerator:
     """Return accelerate's view of the machine: device, processes, precision, trackers."""
-    training = options.training
-    handlers: list[Any] = [
-        DistributedDataParallelKwargs(
-            find_unused_parameters=may_leave_weights_out(options),
-            gradient_as_bucket_view=training.ddp_gradient_as_bucket_view,
-            static_graph=training.ddp_static_graph,
-        )
-    ]
-    if training.ddp_timeout is not None:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=training.ddp_timeout)))
-    AcceleratorState._reset_state()  # else a second run in this process could not have another precision
     try:
-        accelerator = Accelerator(
+        accelerator = distribution.accelerator(
+            options.training,
+            options.deepspeed,
+            max_grad_norm=options.optimizer.max_grad_norm,
+            batch_size=max(config.batch_size for config in checked.data.configs),
+            may_leave_weights_out=may_leave_weights_out(options),
             mixed_precision=checked.precision.mixed,
             log_with=list(checked.tracker_names) or None,
             project_dir=trackers.log_dir(options.logging),
-            kwargs_handlers=handlers,
         )
     except ValueError as error:  # a precision that the device accelerate was told to use cannot do
         raise OptionError(f"--mixed_precision {checked.precision.mixed}: {error}") from error
-    if training.full_fp16:
+    if options.training.full_fp16 and accelerator.scaler is not None:
         let_scaler_take_half_gradients(accelerator.scaler)
     return accelerator
 

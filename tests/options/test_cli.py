@@ -75,8 +75,8 @@ def test_reading_options_imports_the_standard_library_only():
 
 
 def test_main_returns_2_for_an_error_of_the_users(capsys: pytest.CaptureFixture[str]):
-    assert main("train_network", "library.models.sd:Sd", ["--deepspeed"]) == 2
-    assert capsys.readouterr().err.startswith("error: --deepspeed cannot be used")
+    assert main("train_network", "library.models.sd:Sd", ["--zero3_init_flag"]) == 2
+    assert capsys.readouterr().err.startswith("error: --zero3_init_flag cannot be used")
 
 
 def test_the_message_of_a_loader_process_is_shown_without_its_traceback():
