@@ -20,12 +20,12 @@ CELL = 8  # pixels a side that one latent cell stands for, in every family
 FULL = CELL * CELL * 255  # the sum of a white cell
 
 Sums = npt.NDArray[np.uint16]  # (h, w), 0 .. FULL
-MaskKind = Literal["file", "alpha", "none"]
+MaskKind = Literal["file", "alpha", "own", "none"]
 
 
 @dataclass(frozen=True)
 class MaskSource:
-    """Where an image's mask comes from: a file, the image's own alpha channel, or nowhere (weight 1)."""
+    """Where an image's mask comes from: a file, its alpha channel, a class of the user's own, or nowhere (weight 1)."""
 
     kind: MaskKind
     path: Path | None = None  # the mask file; only for kind "file"

@@ -44,15 +44,15 @@ def check(read: CommandLine) -> int:
 
     Raises: UserError if the options or the config cannot be used, or a file cannot be written.
     """
-    from library.dataset import config, inspection, summary
+    from library.dataset import config, inspection, own_class, summary
     from library.dataset.problems import Problem
-    from library.dataset.scan import check_masked_loss, scan
+    from library.dataset.scan import check_masked_loss
     from library.errors import OptionError
 
     options, wanted = read.options, {name: Path(value) for name, value in read.own.items() if value}
     groups = (options.dataset, options.captions, options.masks, options.validation)
     configs = config.load(*groups, bucket_step_multiple=BUCKET_STEP_MULTIPLE)
-    found = scan(configs)
+    found = own_class.scan_any(configs, options.dataset, options.model.max_token_length)
     problems, samples = list(found.problems), found.samples + found.validation
     try:
         check_masked_loss(options.masks.masked_loss, samples)

@@ -117,6 +117,11 @@ def load(
         DataError: a file or folder is missing.
     """
     command_line = _command_line(dataset, (captions, masks, *(() if validation is None else (validation,))))
+    if dataset.dataset_class is not None:
+        table = Level("--dataset_class", {"image_dir": Path(dataset.dataset_class)})
+        own = {"alpha_mask": False, "conditioning_data_dir": None, "validation_split": 0.0}  # for files only
+        level = Level("command line", {key: value for key, value in command_line.values.items() if key not in own})
+        return (_resolve_dataset("command line", [table], (level,), dataset.prior_loss_weight, bucket_step_multiple),)
     if dataset.dataset_config is None:
         of_command_line = _from_metadata_file if dataset.in_json else _from_folders
         return (of_command_line(dataset, command_line, bucket_step_multiple),)

@@ -8,7 +8,7 @@ import random
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,38 @@ class Decoded:
 
     rgb: Pixels  # (H, W, 3) uint8; colours under transparent pixels are kept
     alpha: Pixels | None  # (H, W) uint8; None if the file has no transparency, or it was not wanted
+
+
+@dataclass(frozen=True)
+class Given:
+    """One picture as a class of the user's gives it."""
+
+    image: Decoded  # its mask in place of transparency
+    captions: tuple[str, ...]  # lines, one unless wildcards are on
+    transform: Transform  # into the bucket, cut in the middle
+    weight: float  # of its loss
+    has_mask: bool  # which may be None, for a picture that is learnt whole
+
+
+def of_sample(sample: Sample, *, seed: str = "") -> tuple[Decoded, Sample, float]:
+    """Return a sample's pixels, the sample as these show it to be, and the weight of its loss.
+
+    A class of the user's tells caption and size only with the picture; of other samples both are known before.
+
+    Args:
+        sample: in a file, or of a class.
+        seed: of what a class draws.
+
+    Raises: DataError.
+    """
+    if sample.give is None:
+        return read_image(sample.path, want_alpha=sample.mask.kind == "alpha"), sample, 1.0
+    given = sample.give(seed)
+    if given.transform.target != sample.transform.target:
+        raise DataError(f"{sample.path}: its image is not as large as the size() of its class says.")
+    if given.has_mask and sample.mask.kind == "none":
+        raise DataError(f'{sample.path}: has a mask, and the first picture has none. Let that have "mask": None.')
+    return given.image, replace(sample, captions=given.captions, transform=given.transform), given.weight
 
 
 def read_image(path: Path, *, want_alpha: bool) -> Decoded:
@@ -171,7 +203,7 @@ def mask_in_bucket(image: Decoded | None, source: MaskSource, transform: Transfo
     """Return the shrunk mask (h, w) of an image, cut as transform cuts the image; None: it weighs 1 everywhere.
 
     Args:
-        image: decoded with its alpha channel where that is the mask, else not looked at.
+        image: with the mask as its alpha channel where it brings its own, else not looked at.
         source: of the mask.
         transform: of the image.
 
@@ -180,14 +212,15 @@ def mask_in_bucket(image: Decoded | None, source: MaskSource, transform: Transfo
     if source.kind == "file":
         assert source.path is not None
         return shrink(geometry.apply(transform, read_mask(source.path)))
-    if source.kind == "alpha" and image is not None and image.alpha is not None:
+    if source.kind in ("alpha", "own") and image is not None and image.alpha is not None:
         return shrink(geometry.apply(transform, image.alpha))
     return None
 
 
 def read_training_pixels(sample: Sample) -> Pixels:
     """Return what training sees of a sample, without augmentation: (h, w, 3) uint8. Raises: DataError."""
-    return in_bucket(read_image(sample.path, want_alpha=False), sample.transform, sample.path)
+    image, sample, _ = of_sample(sample)
+    return in_bucket(image, sample.transform, sample.path)
 
 
 def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:
@@ -195,7 +228,9 @@ def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:
 
     Raises: DataError.
     """
-    image = read_image(sample.path, want_alpha=True) if sample.mask.kind == "alpha" else None
+    image = None
+    if sample.mask.kind in ("alpha", "own"):
+        image, sample, _ = of_sample(sample)
     sums = mask_in_bucket(image, sample.mask, sample.transform)
     return None if sums is None else to_array(sums)
 

@@ -18,7 +18,7 @@ from library.batch import Batch
 from library.cache.fill import to_images
 from library.cache.store import LatentStore
 from library.dataset import captions, geometry, images, plan
-from library.dataset.geometry import Pixels, SizeConditioning, Transform
+from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
 from library.errors import UserError
@@ -57,6 +57,7 @@ class _Item:
     latents: Tensor | None  # (C, h, w)
     mask: Sums | None  # (h, w)
     sizes: SizeConditioning
+    weight: float = 1.0  # of its loss
 
 
 class DrawnImages(DrawsDataset):
@@ -104,7 +105,10 @@ class DrawnImages(DrawsDataset):
             images=to_images(pixels) if pixels else None,
             latents=torch.stack(latents) if latents else None,
             masks=_stack_masks([item.mask for item in items]),
-            weights=torch.tensor([prior if sample.is_reg else 1.0 for sample in samples], dtype=torch.float32),
+            weights=torch.tensor(
+                [(prior if sample.is_reg else 1.0) * item.weight for sample, item in zip(samples, items, strict=True)],
+                dtype=torch.float32,
+            ),
             original_sizes=torch.tensor([item.sizes.original for item in items]),
             crop_top_lefts=torch.tensor([item.sizes.crop_top_left for item in items]),
             target_sizes=torch.tensor([item.sizes.target for item in items]),
@@ -115,6 +119,9 @@ class DrawnImages(DrawsDataset):
         sample = self._samples[draw.sample]
         name = f"{sample.path.parent.name}/{sample.path.name}"  # of the picture, wherever the folder stands
         seed = self._settings.seed
+        image, weight = None, 1.0
+        if self.store is None:
+            image, sample, weight = images.of_sample(sample, seed=f"{seed} {draw.epoch} {draw.repeat}")
         caption = captions.compose(
             sample.captions,
             sample.subset,
@@ -126,19 +133,15 @@ class DrawnImages(DrawsDataset):
         face = None if self.store is not None else geometry.face_in_name(sample.path)
         transform = geometry.draw(sample.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
         sizes = geometry.size_conditioning(transform)
-        if self.store is not None:
+        if image is None:
+            assert self.store is not None
             latents, mask = self.store.get(draw.sample, flip=transform.flip)
             return _Item(caption, None, latents, mask, sizes)
-        pixels, mask = _read(sample, transform)
+        pixels = images.in_bucket(image, transform, sample.path)
+        mask = images.mask_in_bucket(image, sample.mask, transform)
         if sample.subset.color_aug:
             pixels = images.augment_colour(pixels, plan.rng(seed, draw, f"{name} colour"))
-        return _Item(caption, pixels, None, mask, sizes)
-
-
-def _read(sample: Sample, transform: Transform) -> tuple[Pixels, Sums | None]:
-    image = images.read_image(sample.path, want_alpha=sample.mask.kind == "alpha")
-    pixels = images.in_bucket(image, transform, sample.path)
-    return pixels, images.mask_in_bucket(image, sample.mask, transform)
+        return _Item(caption, pixels, None, mask, sizes, weight)
 
 
 def _flags(values: Sequence[bool]) -> Tensor | None:

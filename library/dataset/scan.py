@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.dataset import buckets, captions, files, metadata_file, pairing, split
 from library.dataset.config import DatasetConfig, SubsetConfig
@@ -15,6 +16,9 @@ from library.dataset.geometry import Size, Transform
 from library.dataset.problems import MOST_NAMES, Joint, Problem, listed
 from library.errors import DataError, OptionError
 from library.masks import MaskSource
+
+if TYPE_CHECKING:
+    from library.dataset.images import Given
 
 NO_MASK = MaskSource("none")
 Lines = tuple[str, ...]  # of a caption
@@ -34,6 +38,7 @@ class Sample:
     transform: Transform  # into the bucket, cut in the middle
     mask: MaskSource
     is_validation: bool = False  # held back from training; num_repeats is 1 then
+    give: Callable[[str], Given] | None = field(default=None, compare=False, repr=False)  # of the user's class: by seed
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,14 @@ def mask_line(samples: Sequence[Sample], *, mean_weight: float | None = None) ->
         mean_weight: of the masked images, in [0, 1]; None where the masks have not been read.
     """
     kinds = Counter(sample.mask.kind for sample in samples)
-    num_masked = kinds["file"] + kinds["alpha"]
+    num_masked = kinds["file"] + kinds["alpha"] + kinds["own"]
     if not samples:
         return "masks: none, and no images"
     if not num_masked:
         return f"masks: none; all {len(samples)} images are learnt whole"
     sources = [f"{kinds['file']} file{'s' * (kinds['file'] != 1)}"] if kinds["file"] else []
     sources += [f"{kinds['alpha']} alpha"] if kinds["alpha"] else []
+    sources += [f"{kinds['own']} of the class"] if kinds["own"] else []
     mean = f", mean weight {mean_weight:.2f}" if mean_weight is not None else ""
     unmasked = f", {kinds['none']} unmasked" if kinds["none"] else ""
     return (
@@ -164,6 +165,7 @@ def _subset_line(subset: SubsetConfig, samples: Sequence[Sample], validation: Se
     kinds = Counter(sample.mask.kind for sample in (*samples, *validation))
     masks = [f"masks from {subset.conditioning_data_dir}: {kinds['file']}"] if subset.conditioning_data_dir else []
     masks += [f"alpha masks: {kinds['alpha']}"] if subset.alpha_mask else []
+    masks += [f"masks of the class: {kinds['own']}"] if kinds["own"] else []
     kind = "regularisation, " if subset.is_reg else ""
     kind += "output preserved, " if subset.diff_output_preservation else ""
     held_back = f", {len(validation)} held back" if validation else ""

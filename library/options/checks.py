@@ -26,6 +26,7 @@ def check_options(options: Options) -> list[str]:
     _check_resume(options)
     return [
         *_idle_data_options(options),
+        *_idle_with_class(options),
         *_idle_training_options(options),
         *idle_deepspeed_options(options),
         *_idle_saving_options(options),
@@ -60,9 +61,12 @@ def check_files(options: Options) -> None:
 
 def _check_required(options: Options) -> None:
     dataset = options.dataset
-    if dataset.dataset_config is None and dataset.train_data_dir is None and dataset.in_json is None:
+    sources = (dataset.dataset_config, dataset.dataset_class, dataset.train_data_dir, dataset.in_json)
+    if all(source is None for source in sources):
         raise OptionError("There is no dataset. Add --dataset_config=FILE or --train_data_dir=FOLDER.")
-    if dataset.dataset_config is None and dataset.resolution is None:
+    if options.caching.cache_latents and dataset.dataset_class is not None:
+        raise OptionError("--cache_latents cannot be with --dataset_class, which may make other images each time.")
+    if (dataset.dataset_config is None or dataset.dataset_class is not None) and dataset.resolution is None:
         raise OptionError("--resolution is missing. Add the training size, like --resolution=512.")
     if dataset.debug_dataset:
         return
@@ -138,6 +142,22 @@ def _idle_data_options(options: Options) -> Iterator[str]:
         yield "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"
     if noise.multires_noise_discount != 0.3 and not noise.multires_noise_iterations:
         yield "--multires_noise_discount has no effect without --multires_noise_iterations"
+
+
+def _idle_with_class(options: Options) -> Iterator[str]:
+    dataset = options.dataset
+    given = {
+        "dataset_config": dataset.dataset_config,
+        "train_data_dir": dataset.train_data_dir,
+        "reg_data_dir": dataset.reg_data_dir,
+        "in_json": dataset.in_json,
+        "conditioning_data_dir": options.masks.conditioning_data_dir,
+        "alpha_mask": options.masks.alpha_mask,
+        "validation_split": options.validation.validation_split,
+    }
+    for name, value in given.items():
+        if value and dataset.dataset_class is not None:
+            yield f"--{name} has no effect: --dataset_class makes the images"
 
 
 def _idle_training_options(options: Options) -> Iterator[str]:

@@ -15,6 +15,9 @@ class DatasetOptions:
     """The images; all but the folders are defaults for what a dataset config leaves open."""
 
     dataset_config: str | None = option(None, "Dataset config, TOML or JSON.", is_path=True)
+    dataset_class: str | None = option(
+        None, "Class that makes the images, as package.module.Class. Instead of a config; see docs/datasets.md."
+    )
     train_data_dir: str | None = option(
         None, "Folder of folders of images, each named <repeats>_<class words>. Instead of a config.", is_path=True
     )

@@ -8,7 +8,6 @@ from typing import Any
 
 from library.options.values import Declared
 
-_DATA = "images are described by --dataset_config or --train_data_dir, with captions in files beside them"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ class Elsewhere:
 
 # Given with another value than its default or 0, such an option is an error.
 REFUSED = (
-    Elsewhere("dataset_class", str, None, f"a dataset class of one's own cannot be plugged in; {_DATA}"),
     Elsewhere(
         "zero3_init_flag",
         bool,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.dataset import config, latents, plan, problems, scan
+from library.dataset import config, latents, own_class, plan, problems, scan
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
 from library.errors import OptionError
@@ -57,7 +57,7 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
         options.validation,
         bucket_step_multiple=bucket_step_multiple,
     )
-    found = scan.scan(configs)
+    found = own_class.scan_any(configs, options.dataset, options.model.max_token_length)
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
