@@ -116,6 +116,23 @@ def test_what_the_lora_does_not_touch_is_not_rounded_to_the_precision_of_the_sum
     assert all(torch.equal(after[name], after[name].half().float()) for name in touched)
 
 
+def test_what_is_merged_is_rounded_to_the_precision_before_and_after(tmp_path):
+    """Model, down and up before, the sum after; the sum itself is made in float32."""
+    file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
+    after = merge(
+        tiny_sd15(), [file], [0.5], tmp_path / "out.safetensors", "--precision", "bf16", "--save_precision", "float"
+    )
+    name = "lora_te_text_model_encoder_layers_3_mlp_fc1"
+    key = places(open_tensors(tiny_sd15()), False)[name].key
+    module = modules_in(load_file(file), "")[name]
+    weight, down, up = (each.bfloat16().float() for each in (load_file(tiny_sd15())[key], module.down, module.up))
+    wanted = (weight + 0.5 * module.alpha / module.rank * (up @ down)).bfloat16().float()
+    torch.testing.assert_close(
+        after[key], wanted, rtol=2**-8, atol=0
+    )  # a step of bfloat16, where a sum lies between two
+    assert (after[key] == wanted).float().mean() > 0.99
+
+
 def test_the_merged_file_can_be_the_model_itself(tmp_path):
     model = tmp_path / "model.safetensors"
     model.write_bytes(tiny_sd15().read_bytes())

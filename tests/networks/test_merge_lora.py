@@ -160,6 +160,20 @@ def test_files_without_metadata_are_described_by_their_names(tmp_path, names, ar
     assert "ss_base_model_version" not in written  # what is guessed is not written as known
 
 
+def test_of_metadata_that_differ_the_first_file_has_its_way(tmp_path, caplog):
+    paths = []
+    for version in ("sd_v2", "sd_v1"):
+        paths.append(tmp_path / f"{version}.safetensors")
+        facts = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
+        save_file(load_file(reference_file("in_a")), paths[-1], facts)
+    out = tmp_path / "out.safetensors"
+    assert merge_lora.main(["--models", *map(str, paths), "--ratios", "1", "1", "--save_to", str(out)]) == 0
+    written = metadata_of(out)
+    assert (written["ss_base_model_version"], written["ss_v2"]) == ("sd_v2", "True")
+    assert written["modelspec.architecture"] == "stable-diffusion-v2-512/lora"
+    assert "the files differ in ss_base_model_version (sd_v2, sd_v1); the first is written" in caplog.text
+
+
 def test_files_that_share_no_module_are_merged_with_a_warning(tmp_path, caplog):
     out = merge(tmp_path, ("in_a", "in_xa"), (1, 1))
     assert deltas(out).keys() == deltas(reference_file("in_a")).keys() | deltas(reference_file("in_xa")).keys()
