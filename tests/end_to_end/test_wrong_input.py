@@ -76,13 +76,6 @@ def no_resolution(attempt: Attempt) -> tuple[str, ...]:
     return ("resolution",)
 
 
-def missing_mask_with_a_near_miss(attempt: Attempt) -> tuple[str, ...]:
-    save(attempt.folder / "masks", "photo0", np.zeros((64, 64), np.uint8))
-    save(attempt.folder / "masks", "photo1_mask", np.zeros((64, 64), np.uint8))
-    attempt.subset["conditioning_data_dir"] = attempt.folder / "masks"
-    return "photo1.png", "photo1_mask.png"
-
-
 def mask_of_another_aspect(attempt: Attempt) -> tuple[str, ...]:
     for name in ("photo0", "photo1"):
         save(attempt.folder / "masks", name, np.zeros((64, 96), np.uint8))
@@ -95,32 +88,6 @@ def file_that_is_no_image(attempt: Attempt) -> tuple[str, ...]:
     (attempt.folder / "images" / "notes.png").write_text("no picture")
     attempt.subset["image_dir"] = attempt.folder / "images"
     return ("notes.png",)
-
-
-def output_folder_that_is_a_file(attempt: Attempt) -> tuple[str, ...]:
-    (attempt.folder / "taken").write_text("")
-    attempt.more = ["--output_dir", attempt.folder / "taken"]
-    return "--output_dir", "taken"
-
-
-def checkpoint_of_another_family(attempt: Attempt) -> tuple[str, ...]:
-    names = ("conditioner.embedders.0.transformer.text_model.x", "model.diffusion_model.input_blocks.0.0.weight")
-    save_file({name: torch.zeros(1) for name in names}, attempt.folder / "xl.safetensors")
-    attempt.more = ["--pretrained_model_name_or_path", attempt.folder / "xl.safetensors"]
-    return "xl.safetensors", "SDXL", "sdxl_train_network.py"
-
-
-def checkpoint_that_is_a_lora(attempt: Attempt) -> tuple[str, ...]:
-    save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, attempt.folder / "lora.safetensors")
-    attempt.more = ["--pretrained_model_name_or_path", attempt.folder / "lora.safetensors"]
-    return "lora.safetensors", "LoRA"
-
-
-def checkpoint_that_is_cut_off(attempt: Attempt) -> tuple[str, ...]:
-    save_file({"model.diffusion_model.x": torch.zeros(1000)}, attempt.folder / "whole.safetensors")
-    (attempt.folder / "cut.safetensors").write_bytes((attempt.folder / "whole.safetensors").read_bytes()[:1000])
-    attempt.more = ["--pretrained_model_name_or_path", attempt.folder / "cut.safetensors"]
-    return ("cut.safetensors",)
 
 
 OPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {  # name of the case: the options, words of the message
@@ -189,97 +156,125 @@ def empty_caption_file(attempt: Attempt) -> tuple[str, ...]:
     return "cat.txt", "is empty"
 
 
-def broken_metadata_file(attempt: Attempt) -> tuple[str, ...]:
-    (attempt.folder / "pictures.json").write_text('{"photo0.png":\n{"caption": "a cat",}}')
-    attempt.subset = {"image_dir": attempt.pictures.photos, "metadata_file": attempt.folder / "pictures.json"}
-    return "pictures.json", "line 2", "not valid JSON"
+MODEL, NETWORK = "--pretrained_model_name_or_path", "--network_weights"
+NAN, INFINITE = float("nan"), float("inf")
+WEIGHTS: Mapping[str, tuple[str, Mapping[str, float], tuple[str, ...]]] = {  # an option, its file's content, the words
+    "checkpoint of SDXL": (
+        MODEL,
+        {"conditioner.embedders.0.transformer.x": 0, "model.diffusion_model.input_blocks.0.0.weight": 0},
+        ("weights.safetensors", "SDXL", "sdxl_train_network.py"),
+    ),
+    "checkpoint of SD 3": (
+        MODEL,
+        {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": 0},
+        ("Stable Diffusion 3", "sd3_train_network.py"),
+    ),
+    "checkpoint that is a LoRA": (MODEL, {"lora_unet_x.lora_up.weight": 0}, ("weights.safetensors", "LoRA")),
+    "network of SDXL": (
+        NETWORK,
+        {"lora_unet_input_blocks_4_1_proj_in.lora_up.weight": 0},
+        (NETWORK, "weights.safetensors", "SDXL", "sdxl_train_network.py"),
+    ),
+    "network weights that are a model": (NETWORK, {"model.diffusion_model.x": 0}, (NETWORK, "whole model", MODEL)),
+    "network weights with NaN": (
+        NETWORK,
+        {"lora_unet_x.lora_down.weight": 1, "lora_unet_x.lora_up.weight": NAN},
+        (NETWORK, "lora_unet_x.lora_up.weight", "NaN"),
+    ),
+    "base weights with infinite numbers": (
+        "--base_weights",
+        {"lora_unet_x.lora_down.weight": INFINITE, "lora_unet_x.lora_up.weight": 1},
+        ("--base_weights", "lora_unet_x.lora_down.weight", "infinite"),
+    ),
+}
+METADATA: Mapping[str, tuple[str, tuple[str, ...]]] = {  # the text of a metadata file, the words
+    "metadata file that is broken": ('{"photo0.png":\n{"caption": "a cat",}}', ("m.json", "line 2", "not valid JSON")),
+    "metadata file of an absent image": ('{"ghost.png": {"caption": "a cat"}}', ("m.json", "ghost.png")),
+}
+TAKEN: Mapping[str, tuple[str, ...]] = {  # a file stands where a folder is to be
+    "output folder that is a file": ("--output_dir",),
+    "log folder that is a file": ("--logging_dir",),
+    "cache folder that is a file": ("--cache_latents_to_disk", "--cache_dir"),
+}
 
 
-def metadata_file_of_an_image_that_is_not_there(attempt: Attempt) -> tuple[str, ...]:
-    (attempt.folder / "pictures.json").write_text('{"ghost.png": {"caption": "a cat"}}')
-    attempt.subset = {"image_dir": attempt.pictures.photos, "metadata_file": attempt.folder / "pictures.json"}
-    return "pictures.json", "ghost.png"
+def weights_case(name: str) -> Case:
+    """Return the case of a file of weights."""
+    option, content, words = WEIGHTS[name]
+
+    def case(attempt: Attempt) -> tuple[str, ...]:
+        file = attempt.folder / "weights.safetensors"
+        save_file({name: torch.full((1, 1), float(value)) for name, value in content.items()}, file)
+        attempt.more = [option, file]
+        return words
+
+    case.__name__ = name
+    return case
 
 
-def masks_for_other_images_only(attempt: Attempt) -> tuple[str, ...]:
-    for name in ("ghost", "spectre"):
-        save(attempt.folder / "masks", name, np.zeros((64, 64), np.uint8))
-    attempt.subset["conditioning_data_dir"] = attempt.folder / "masks"
-    return "photo0.png", "photo1.png", "no mask"
+def cut_off_case(option: str) -> Case:
+    """Return the case of a file of weights whose end is missing."""
+
+    def case(attempt: Attempt) -> tuple[str, ...]:
+        file = attempt.folder / "cut.safetensors"
+        save_file({"x": torch.zeros(1000)}, file)
+        file.write_bytes(file.read_bytes()[:1000])
+        attempt.more = [option, file]
+        return ("cut.safetensors",)
+
+    case.__name__ = f"{option} cut off"
+    return case
 
 
-def mask_that_is_no_image(attempt: Attempt) -> tuple[str, ...]:
-    save(attempt.folder / "masks", "photo0", np.zeros((64, 64), np.uint8))
-    (attempt.folder / "masks" / "photo1.png").write_text("no picture")
-    attempt.subset["conditioning_data_dir"] = attempt.folder / "masks"
-    return "masks/photo1.png", "cannot be read"
+def metadata_case(name: str) -> Case:
+    """Return the case of a metadata file."""
+    text, words = METADATA[name]
+
+    def case(attempt: Attempt) -> tuple[str, ...]:
+        (attempt.folder / "m.json").write_text(text)
+        attempt.subset = {"image_dir": attempt.pictures.photos, "metadata_file": attempt.folder / "m.json"}
+        return words
+
+    case.__name__ = name
+    return case
 
 
-def checkpoint_of_stable_diffusion_3(attempt: Attempt) -> tuple[str, ...]:
-    name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
-    save_file({name: torch.zeros(1)}, attempt.folder / "sd3.safetensors")
-    attempt.more = ["--pretrained_model_name_or_path", attempt.folder / "sd3.safetensors"]
-    return "sd3.safetensors", "Stable Diffusion 3", "sd3_train_network.py"
+def taken_case(name: str) -> Case:
+    """Return the case of a file where a folder is to be."""
+
+    def case(attempt: Attempt) -> tuple[str, ...]:
+        (attempt.folder / "taken").write_text("")
+        attempt.more = [*TAKEN[name], attempt.folder / "taken"]
+        return TAKEN[name][-1], "taken"
+
+    case.__name__ = name
+    return case
 
 
-def network_of_another_family(attempt: Attempt) -> tuple[str, ...]:
-    names = (f"lora_unet_input_blocks_4_1_proj_in.{end}" for end in ("lora_down.weight", "lora_up.weight"))
-    save_file({name: torch.zeros(1, 1) for name in names}, attempt.folder / "xl.safetensors")
-    attempt.more = ["--network_weights", attempt.folder / "xl.safetensors"]
-    return "--network_weights", "xl.safetensors", "SDXL", "sdxl_train_network.py"
+def masks_case(name: str, content: Mapping[str, bool], *words: str) -> Case:
+    """Return the case of a folder of masks: names and whether they are pictures."""
 
+    def case(attempt: Attempt) -> tuple[str, ...]:
+        for mask, is_picture in content.items():
+            path = save(attempt.folder / "masks", mask, np.zeros((64, 64), np.uint8))
+            if not is_picture:
+                path.write_text("no picture")
+        attempt.subset["conditioning_data_dir"] = attempt.folder / "masks"
+        return words
 
-def network_weights_that_are_a_model(attempt: Attempt) -> tuple[str, ...]:
-    save_file({"model.diffusion_model.x": torch.zeros(1)}, attempt.folder / "model.safetensors")
-    attempt.more = ["--network_weights", attempt.folder / "model.safetensors"]
-    return "--network_weights", "whole model", "--pretrained_model_name_or_path"
-
-
-def network_weights_that_are_cut_off(attempt: Attempt) -> tuple[str, ...]:
-    save_file({"lora_unet_x.lora_up.weight": torch.zeros(1000)}, attempt.folder / "whole.safetensors")
-    (attempt.folder / "cut.safetensors").write_bytes((attempt.folder / "whole.safetensors").read_bytes()[:1000])
-    attempt.more = ["--network_weights", attempt.folder / "cut.safetensors"]
-    return ("cut.safetensors",)
-
-
-def network_weights_with_nan(attempt: Attempt) -> tuple[str, ...]:
-    tensors = {"lora_unet_x.lora_down.weight": torch.ones(1, 4), "lora_unet_x.lora_up.weight": torch.ones(4, 1)}
-    tensors["lora_unet_x.lora_up.weight"][2] = float("nan")
-    save_file(tensors, attempt.folder / "nan.safetensors")
-    attempt.more = ["--network_weights", attempt.folder / "nan.safetensors"]
-    return "--network_weights", "lora_unet_x.lora_up.weight", "NaN"
-
-
-def base_weights_with_infinite_numbers(attempt: Attempt) -> tuple[str, ...]:
-    names = ("lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight")
-    save_file({name: torch.full((1, 1), float("inf")) for name in names}, attempt.folder / "inf.safetensors")
-    attempt.more = ["--base_weights", attempt.folder / "inf.safetensors"]
-    return "--base_weights", "lora_unet_x.lora_down.weight", "infinite"
-
-
-def log_folder_that_is_a_file(attempt: Attempt) -> tuple[str, ...]:
-    (attempt.folder / "taken").write_text("")
-    attempt.more = ["--logging_dir", attempt.folder / "taken"]
-    return "--logging_dir", "taken"
-
-
-def cache_folder_that_is_a_file(attempt: Attempt) -> tuple[str, ...]:
-    (attempt.folder / "taken").write_text("")
-    attempt.more = ["--cache_latents_to_disk", "--cache_dir", attempt.folder / "taken"]
-    return "taken", "--cache_dir"
+    case.__name__ = name
+    return case
 
 
 CASES: tuple[Case, ...] = (
-    *map(option_case, OPTIONS),
-    unknown_key_of_a_config_file, broken_config_file,
-    unknown_dataset_key, dataset_key_of_the_wrong_type, nested_key_of_the_wrong_type, no_dataset_config,
-    no_image_folder, no_image_in_the_folder, no_resolution, empty_caption_file, broken_metadata_file,
-    metadata_file_of_an_image_that_is_not_there, missing_mask_with_a_near_miss, mask_of_another_aspect,
-    masks_for_other_images_only, mask_that_is_no_image, file_that_is_no_image, output_folder_that_is_a_file,
-    log_folder_that_is_a_file, cache_folder_that_is_a_file,
-    checkpoint_of_another_family, checkpoint_of_stable_diffusion_3, checkpoint_that_is_a_lora,
-    checkpoint_that_is_cut_off, network_of_another_family, network_weights_that_are_a_model,
-    network_weights_that_are_cut_off, network_weights_with_nan, base_weights_with_infinite_numbers,
+    *map(option_case, OPTIONS), *map(weights_case, WEIGHTS), *map(cut_off_case, (MODEL, NETWORK)),
+    *map(metadata_case, METADATA), *map(taken_case, TAKEN),
+    unknown_key_of_a_config_file, broken_config_file, unknown_dataset_key, dataset_key_of_the_wrong_type,
+    nested_key_of_the_wrong_type, no_dataset_config, no_image_folder, no_image_in_the_folder, no_resolution,
+    empty_caption_file, file_that_is_no_image, mask_of_another_aspect,
+    masks_case("missing mask with a near miss", {"photo0": True, "photo1_mask": True}, "photo1.png", "photo1_mask.png"),
+    masks_case("masks for other images only", {"ghost": True}, "photo0.png", "photo1.png", "no mask"),
+    masks_case("mask that is no image", {"photo0": True, "photo1": False}, "masks/photo1.png", "cannot be read"),
 )  # fmt: skip
 
 

@@ -88,3 +88,21 @@ def randomise(network: nn.Module, std: float = 0.1) -> None:
 def trained():
     """Give a network's weights values."""
     return randomise
+
+
+@pytest.fixture
+def gradients(small: SmallModel) -> Callable[..., list[Tensor]]:
+    """Return a network's gradients on the small model, from the same draws with its blocks checkpointed or not."""
+
+    def of(network: nn.Module, *, is_checkpointed: bool) -> list[Tensor]:
+        x = torch.ones(2, 8, 4, 4)
+        network.zero_grad()
+        torch.manual_seed(3)
+        with network.attached():
+            output = torch.utils.checkpoint.checkpoint(small, x, use_reentrant=False) if is_checkpointed else small(x)
+            output.square().sum().backward()
+        found = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+        assert found
+        return found
+
+    return of

@@ -116,18 +116,11 @@ def test_the_same_seed_draws_the_same_slices(small, trained):
     assert not torch.allclose(outputs[0], outputs[2])
 
 
-def test_checkpointed_blocks_get_the_same_gradients(small, trained):
+def test_checkpointed_blocks_get_the_same_gradients(small, trained, gradients):
     network = make(small)
     trained(network)
-    x = torch.randn(2, 8, 4, 4)
-    gradients = []
-    with network.attached():
-        for run in (small, lambda y: torch.utils.checkpoint.checkpoint(small, y, use_reentrant=False)):
-            network.zero_grad()
-            torch.manual_seed(3)
-            run(x).square().sum().backward()
-            gradients.append([parameter.grad.clone() for parameter in network.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    plain, recomputed = (gradients(network, is_checkpointed=each) for each in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 
 
 def test_a_step_reads_no_value_off_the_device(small):

@@ -324,20 +324,11 @@ def test_the_update_of_a_convolution_is_the_composition_of_both(target, trained)
     torch.testing.assert_close(nn.functional.conv2d(x, delta), layer.lora_up(layer.lora_down(x)), atol=1e-5, rtol=1e-5)
 
 
-def test_checkpointed_blocks_get_the_same_gradients_with_dropout(small, trained):
+def test_checkpointed_blocks_get_the_same_gradients_with_dropout(small, trained, gradients):
     network = make(small, rank_dropout="0.3", module_dropout="0.3", dropout="0.2")
     trained(network)
-    x = torch.randn(2, 8, 4, 4)
-    gradients = []
-    with network.attached():
-        for run in (small, lambda y: torch.utils.checkpoint.checkpoint(small, y, use_reentrant=False)):
-            network.zero_grad()
-            torch.manual_seed(3)
-            run(x).square().sum().backward()
-            gradients.append(
-                [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
-            )
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    plain, recomputed = (gradients(network, is_checkpointed=each) for each in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 
 
 def test_a_network_of_rank_zero_everywhere_is_refused(small):
