@@ -64,8 +64,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path}: cannot be read: it is damaged, or holds Python objects besides tensors, and those could run code. "
-            "Use the .safetensors version."
+            f"{path}: cannot be read: it is damaged, or holds Python objects besides tensors, and those could run "
+            "code. Use the .safetensors version."
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
