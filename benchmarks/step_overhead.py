@@ -32,6 +32,7 @@ from library.options import read_training
 from library.training import assembly, loop
 from library.training import data as training_data
 from library.training import run as training_run
+from library.training.trackers import Trackers
 
 BATCH_SIZE = 4
 WARM_UP = 3
@@ -122,8 +123,9 @@ def make_run(model: Path, folder: Path, *, is_masked: bool, to_disk: bool, steps
     family = Sd.from_options(options)
     checked = training_run.check(options, family)
     accelerator = training_run.make_accelerator(options, checked)
-    epochs = training_data.make_plan(checked.data, options, 1, (0, 1))
-    setting = assembly.Setting(options, family, checked, accelerator, epochs, steps, time.time())
+    epochs = training_data.make_plan(checked.data, options, 1, 1)
+    told = Trackers(accelerator, checked.tracker_names)
+    setting = assembly.Setting(options, family, checked, accelerator, epochs, steps, time.time(), told, uploads=None)
     parts, store = assembly.load(setting)
     return assembly.assemble(setting, parts, store, None)
 

@@ -10,6 +10,39 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one process has of a batch that several processes share: every num_processes-th image.
+
+    All draw noise for the whole batch and keep what belongs to their images, so that several processes train as one
+    would with the whole batch.
+    """
+
+    num_images: int  # of the whole batch
+    process_index: int
+    num_processes: int
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there are too few images: the process then keeps step with another's image, which does not count."""
+        return self.process_index >= self.num_images
+
+    @property
+    def rows(self) -> slice:
+        """Where the images of this process stand in the whole batch."""
+        return slice(0, 1) if self.is_idle else slice(self.process_index, None, self.num_processes)
+
+    def whole(self, own: Tensor) -> Tensor:
+        """Return (num_images, ...): own (B, ...) in its rows, 0 in those of other processes."""
+        spread = own.new_zeros(self.num_images, *own.shape[1:])
+        spread[self.rows] = own
+        return spread
+
+    def mean(self, per_image: Tensor) -> Tensor:
+        """Return what, averaged over the processes, is the mean over the whole batch; per_image: (B,)."""
+        return per_image.sum() * (0.0 if self.is_idle else self.num_processes / self.num_images)
+
+
+@dataclass(frozen=True)
 class Batch:
     """One batch of one bucket. Letters: B batch, C latent channels, H W pixels, h w latent cells (H/8, W/8)."""
 
@@ -24,6 +57,7 @@ class Batch:
     crop_top_lefts: Tensor  # (B, 2) int64: top, left of the crop in the resized image, as made
     target_sizes: Tensor  # (B, 2) int64: height, width of the bucket
     preserved: Tensor | None = None  # (B,) bool: the target is the untrained model's prediction; None: of no image
+    share: Share | None = None  # of several processes; None: these are all images of the batch
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with every tensor on device; copies from pinned memory do not wait."""

@@ -6,7 +6,7 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from library.batch import Batch
+from library.batch import Batch, Share
 from library.cache.fill import to_images
 from library.cache.store import LatentStore
 from library.dataset import captions, geometry, images, plan
@@ -39,6 +39,8 @@ class LoaderSettings:
     seed: int
     max_train_steps: int  # what a token_warmup_step below 1 is a share of
     prior_loss_weight: float = 1.0  # the weight of a regularisation image
+    process_index: int = 0
+    num_processes: int = 1  # that share each batch
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,12 @@ class DrawnImages(DrawsDataset):
         self.store = store
 
     def __getitem__(self, draws: tuple[Draw, ...]) -> Batch | Failure:
-        """Return the batch of draws, which are of one bucket; or the user's error that stands in the way."""
+        """Return what this process has of the batch of draws, all of one bucket; or the user's error in the way."""
         try:
-            return self._batch(draws)
+            if self._settings.num_processes == 1:
+                return self._batch(draws)
+            share = Share(len(draws), self._settings.process_index, self._settings.num_processes)
+            return replace(self._batch(draws[share.rows]), share=share)
         except UserError as error:
             return Failure(error)
 

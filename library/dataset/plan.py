@@ -1,9 +1,9 @@
 """The plan of a run: which images form which batch, a pure function of samples, seed and epoch.
 
 An epoch draws every image num_repeats times. A batch holds images of one bucket of one dataset; the last of a bucket
-may be short. Batch k of an epoch goes to process k modulo the number of processes; where they do not divide evenly,
-the epoch begins again from its first batch until every process has done the same number. An optimizer step never
-spans two epochs: the last of an epoch may take fewer batches than --gradient_accumulation_steps.
+may be short. Several processes share each batch, which is then so many times larger: the plan is the same for all of
+them, and equal to that of one process with the larger batch. An optimizer step never spans two epochs: the last of an
+epoch may take fewer batches than --gradient_accumulation_steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Bucket:
 
     dataset: int
     size: Size
-    batch_size: int
+    batch_size: int  # of all processes together
     samples: tuple[int, ...]  # indices
     repeats: tuple[int, ...]  # of each, in an epoch
 
@@ -45,24 +45,22 @@ class Bucket:
 
     @property
     def num_batches(self) -> int:
-        """Batches in an epoch, over all processes."""
+        """Batches in an epoch."""
         return -(-self.num_draws // self.batch_size)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The order of all draws of one process."""
+    """The order of all draws."""
 
     buckets: tuple[Bucket, ...]
     seed: int
     gradient_accumulation_steps: int = 1
-    process_index: int = 0
-    num_processes: int = 1
 
     @cached_property
     def batches_per_epoch(self) -> int:
-        """Batches of this process in an epoch; the same number for every process."""
-        return -(-sum(bucket.num_batches for bucket in self.buckets) // self.num_processes)
+        """Batches in an epoch."""
+        return sum(bucket.num_batches for bucket in self.buckets)
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -70,29 +68,28 @@ class RunPlan:
         return -(-self.batches_per_epoch // self.gradient_accumulation_steps)
 
     def first_batch_of(self, step: int) -> int:
-        """Return the number, over all epochs, of this process's first batch of an optimizer step (from 0)."""
+        """Return the number, over all epochs, of the first batch of an optimizer step (from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         return epoch * self.batches_per_epoch + step_in_epoch * self.gradient_accumulation_steps
 
     def ends_step(self, batch: int) -> bool:
-        """Return whether the optimizer steps after this process's batch, numbered from 0 over all epochs."""
+        """Return whether the optimizer steps after this batch, numbered from 0 over all epochs."""
         in_epoch = batch % self.batches_per_epoch + 1
         return in_epoch == self.batches_per_epoch or in_epoch % self.gradient_accumulation_steps == 0
 
     def batches(self, start_batch: int = 0) -> Iterator[tuple[Draw, ...]]:
-        """Yield this process's batches without end, from the one numbered start_batch (from 0, over all epochs)."""
+        """Yield the batches without end, from the one numbered start_batch (from 0, over all epochs)."""
         epoch, skipped = divmod(start_batch, self.batches_per_epoch)
         while True:
             batches = self._epoch(epoch + 1)
             for number in range(skipped, self.batches_per_epoch):
-                chosen = batches[(number * self.num_processes + self.process_index) % len(batches)]
                 step = epoch * self.steps_per_epoch + number // self.gradient_accumulation_steps
-                yield tuple(Draw(sample, repeat, epoch + 1, step) for sample, repeat in chosen)
+                yield tuple(Draw(sample, repeat, epoch + 1, step) for sample, repeat in batches[number])
             epoch, skipped = epoch + 1, 0
 
     def _epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """Return the batches of an epoch over all processes: (sample, repeat) of each draw."""
-        order = random.Random(f"order {self.seed} {epoch}")  # a string's seed is the same in every process
+        """Return the batches of an epoch: (sample, repeat) of each draw."""
+        order = random.Random(f"order {self.seed} {epoch}")  # as it is in every process
         batches = []
         for bucket in self.buckets:
             draws = [
@@ -113,13 +110,11 @@ def make_plan(
     *,
     seed: int,
     gradient_accumulation_steps: int = 1,
-    process_index: int = 0,
     num_processes: int = 1,
 ) -> RunPlan:
-    """Return the plan of a run over samples, of which there must be one at least."""
+    """Return the plan of a run over samples, of which there must be one at least; batch sizes are for each process."""
     assert samples, "a scan without samples has errors, which are raised before"
-    buckets = tuple(group_by_bucket(configs, samples))
-    return RunPlan(buckets, seed, gradient_accumulation_steps, process_index, num_processes)
+    return RunPlan(tuple(group_by_bucket(configs, samples, num_processes)), seed, gradient_accumulation_steps)
 
 
 def validation_batches(
@@ -142,8 +137,10 @@ def validation_batches(
     return [batches[i * len(batches) // count] for i in range(count)]
 
 
-def group_by_bucket(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[Bucket]:
-    """Return the buckets that hold samples, by dataset, then size."""
+def group_by_bucket(
+    configs: Sequence[DatasetConfig], samples: Sequence[Sample], num_processes: int = 1
+) -> list[Bucket]:
+    """Return the buckets that hold samples, by dataset, then size; num_processes share each batch."""
     members: dict[tuple[int, Size], list[int]] = {}
     for index, sample in enumerate(samples):
         members.setdefault((sample.dataset, sample.transform.target), []).append(index)
@@ -151,7 +148,7 @@ def group_by_bucket(configs: Sequence[DatasetConfig], samples: Sequence[Sample])
         Bucket(
             dataset=dataset,
             size=size,
-            batch_size=configs[dataset].batch_size,
+            batch_size=configs[dataset].batch_size * num_processes,
             samples=tuple(indices),
             repeats=tuple(samples[index].num_repeats for index in indices),
         )

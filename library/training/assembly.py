@@ -181,11 +181,7 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
     if setting.checked.resumed is not None:
         live.restore(setting.checked.resumed)
     metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
-    images_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
-
-    def latents_of(batch: Batch) -> Tensor:
-        return images_of(batch.images, batch.latents)
-
+    latents_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
     publish, publish_state = publishers(setting.uploads, options.hub)
     saver = Saver(options.saving, trained.save, metadata.at, num_epochs, accelerator.is_main_process, publish)
     return Run(
@@ -195,7 +191,14 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
         optimizer=prepared,
         scheduler=scheduler,
         batches=training_data.load(
-            setting.checked.data, options, plan, store, setting.family, setting.max_train_steps, setting.steps_done
+            setting.checked.data,
+            options,
+            plan,
+            store,
+            setting.family,
+            setting.max_train_steps,
+            setting.steps_done,
+            (accelerator.process_index, accelerator.num_processes),
         ),
         plan=plan,
         max_train_steps=setting.max_train_steps,

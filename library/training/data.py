@@ -20,6 +20,7 @@ from library.errors import OptionError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from library.batch import Batch
     from library.cache.store import LatentStore
     from library.dataset.config import DatasetConfig
     from library.dataset.plan import Draw, RunPlan
@@ -73,15 +74,14 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
     return Data(configs, found.samples, found.validation)
 
 
-def make_plan(data: Data, options: Options, seed: int, process: tuple[int, int]) -> RunPlan:
-    """Return the order in which this process (index, number of all) draws the samples."""
+def make_plan(data: Data, options: Options, seed: int, num_processes: int) -> RunPlan:
+    """Return the order in which the processes together draw the samples."""
     return plan.make_plan(
         data.configs,
         data.samples,
         seed=seed,
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
-        process_index=process[0],
-        num_processes=process[1],
+        num_processes=num_processes,
     )
 
 
@@ -128,16 +128,21 @@ def cache(
     )
 
 
-def latents_of(family: ModelFamily, parts: Parts, batch_size: int) -> Callable[[Tensor | None, Tensor | None], Tensor]:
+def latents_of(family: ModelFamily, parts: Parts, batch_size: int) -> Callable[[Batch], Tensor]:
     """Return what gives a batch's latents, float32: the cached ones, or the VAE's, batch_size images at a time."""
+    space = family.latent_space
 
-    def get(images: Tensor | None, cached: Tensor | None) -> Tensor:
-        if cached is not None:
-            return cached.float()
+    def get(batch: Batch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents.float()
+        images, share = batch.images, batch.share
         assert images is not None
+        size = (space.channels, images.shape[2] // space.reduction, images.shape[3] // space.reduction)
+        noise = torch.randn(len(images) if share is None else share.num_images, *size, device=images.device)
+        own = noise if share is None else noise[share.rows]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            chunks = [family.encode_images(parts, chunk) for chunk in images.split(batch_size)]
-        return torch.cat(chunks).float()
+            chunks = zip(images.split(batch_size), own.split(batch_size), strict=True)
+            return torch.cat([family.encode_images(parts, *chunk) for chunk in chunks]).float()
 
     return get
 
@@ -150,9 +155,10 @@ def load(
     family: ModelFamily,
     max_train_steps: int,
     steps_done: int = 0,
+    process: tuple[int, int] = (0, 1),
 ) -> BatchLoader:
-    """Return the endless batches of this process, from the first one after steps_done."""
-    settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight)
+    """Return the endless batches after steps_done, of each the part of this process (index, of how many)."""
+    settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight, *process)
     images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=store)
     batches = run_plan.batches(run_plan.first_batch_of(steps_done))
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)

@@ -13,10 +13,15 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
-def seed_batch(seed: int, position: int, process_index: int) -> None:
-    """Seed torch's generators for one micro-batch.
+def seed_batch(seed: int, position: int) -> None:
+    """Seed torch's generators for one micro-batch, in all processes alike.
 
-    Noise, timesteps and dropout of a batch then depend on (seed, its place in the run, process) alone: not on what ran
-    before, so that previews, validation and a resumed run cannot shift them.
+    What is drawn for a batch then depends on (seed, its place in the run) alone: not on what ran before, so that
+    previews, validation and a resumed run cannot shift it.
     """
-    torch.manual_seed(seed_of(seed, position, process_index))
+    torch.manual_seed(seed_of(seed, position))
+
+
+def seed_process(process_index: int) -> None:
+    """Let torch's generators go on differently in each process, after what all of them draw alike: for dropout."""
+    torch.manual_seed(seed_of(torch.initial_seed(), process_index))

@@ -83,11 +83,11 @@ def collect(setting: Setting, optimizer: str, hashes: Hashes | None) -> FileMeta
         clip_skip=options.model.clip_skip,
         timestep_range=_timestep_range(options),
     )
-    fixed = metadata.training_metadata(options, facts_of(options, data, plan), run)
+    fixed = metadata.training_metadata(options, facts_of(options, data, plan, setting.accelerator.num_processes), run)
     return FileMetadata(fixed, spec, hashes, options.saving.no_metadata)
 
 
-def facts_of(options: Options, data: Data, plan: RunPlan) -> DatasetFacts:
+def facts_of(options: Options, data: Data, plan: RunPlan, num_processes: int) -> DatasetFacts:
     """Return the training data in numbers."""
     repeats = {is_reg: sum(s.num_repeats for s in data.samples if s.is_reg == is_reg) for is_reg in (False, True)}
     return DatasetFacts(
@@ -95,7 +95,7 @@ def facts_of(options: Options, data: Data, plan: RunPlan) -> DatasetFacts:
         num_reg_images=repeats[True],
         num_validation_images=len(data.validation),
         num_batches_per_epoch=plan.batches_per_epoch,
-        total_batch_size=options.dataset.train_batch_size * plan.num_processes,
+        total_batch_size=options.dataset.train_batch_size * num_processes,
         is_from_config=options.dataset.dataset_config is not None,
         datasets=tuple(describe(data.configs, data.samples)),
     )

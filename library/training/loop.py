@@ -66,7 +66,7 @@ class Run:
 class Place:
     """Where in the run a micro-batch stands."""
 
-    position: int  # micro-batches before it, of this process
+    position: int  # micro-batches before it
     epoch: int  # 1-based
     step: int  # 1-based: the optimizer step it belongs to
     is_update: bool
@@ -130,8 +130,10 @@ def train_steps(run: Run, stop: interrupts.StopRequest) -> Place:
     place = None
     with progress(label="steps", total=run.max_train_steps, unit="step", initial=run.steps_done) as bar:
         for place, batch in zip(places(run.plan, run.max_train_steps, run.steps_done), run.batches, strict=False):
-            losses.append(backward(run, batch, place))
-            names.extend(batch.names)
+            per_image = backward(run, batch, place)
+            is_idle = batch.share is not None and batch.share.is_idle
+            losses.append(per_image[:0] if is_idle else per_image)
+            names.extend(() if is_idle else batch.names)
             if not place.is_update:
                 continue
             extras = update(run, losses)
@@ -152,12 +154,13 @@ def train_steps(run: Run, stop: interrupts.StopRequest) -> Place:
 def backward(run: Run, batch: Batch, place: Place) -> Tensor:
     """Add the gradient of one micro-batch; return its losses (B,), still on the device."""
     batch = batch.to(run.accelerator.device)
-    draws.seed_batch(run.plan.seed, place.position, run.accelerator.process_index)
+    draws.seed_batch(run.plan.seed, place.position)
     run.trainee.before_batch()
     with distribution.gradients_of(run.accelerator, run.step, is_update=place.is_update):
         per_image: Tensor = run.step(batch, run.latents_of(batch))
         # as sd-scripts: a short last group of an epoch is divided by the full accumulation too
-        distribution.backward(run.accelerator, per_image.mean() / run.plan.gradient_accumulation_steps)
+        mean = per_image.mean() if batch.share is None else batch.share.mean(per_image)
+        distribution.backward(run.accelerator, mean / run.plan.gradient_accumulation_steps)
     return per_image.detach()  # a loss that is kept must not keep its graph
 
 
@@ -175,7 +178,9 @@ def update(run: Run, losses: list[Tensor]) -> dict[str, Tensor]:
 
 def mean_loss(run: Run, losses: list[Tensor]) -> float:
     """Return the mean of a step's losses over all processes; waits for the device."""
-    return float(run.accelerator.reduce(torch.cat(losses).detach().mean(), "mean"))
+    own = torch.cat(losses)
+    total, number = run.accelerator.reduce(torch.stack([own.sum(), own.new_full((), len(own))]), "sum")
+    return float(total / number)
 
 
 def after_step(run: Run, place: Place) -> None:

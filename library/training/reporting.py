@@ -83,7 +83,8 @@ def start(setting: Setting, store: LatentStore | None) -> Reporter:
     data, options = setting.checked.data, setting.options
     line = tell_masks(data, store) if setting.accelerator.is_main_process else ""
     facts = machine_facts(setting.accelerator.device, setting.plan.seed)
-    return Reporter(options, data, facts_of(options, data, setting.plan), line, facts)
+    numbers = facts_of(options, data, setting.plan, setting.accelerator.num_processes)
+    return Reporter(options, data, numbers, line, facts)
 
 
 def machine_facts(device: torch.device, seed: int) -> dict[str, str]:

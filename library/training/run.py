@@ -65,8 +65,7 @@ def train(options: Options, family: ModelFamily) -> None:
     seed = common_seed(seed_of(options.training.seed, resumed))
     set_seed(seed)
     log.info("seed %d, %d process(es), device %s", seed, accelerator.num_processes, accelerator.device)
-    process = (accelerator.process_index, accelerator.num_processes)
-    plan = training_data.make_plan(checked.data, options, seed, process)
+    plan = training_data.make_plan(checked.data, options, seed, accelerator.num_processes)
     max_train_steps = total_steps(options.training, plan.steps_per_epoch)
     steps_done = first_step(options.training, resumed, plan.steps_per_epoch)
     if steps_done >= max_train_steps:
@@ -162,9 +161,9 @@ def check(options: Options, family: ModelFamily) -> Checked:
         fp8_base_unet=options.training.fp8_base_unet,
     )
     tracker_names = trackers.wanted(options.logging)
-    resumed = find_state(options)
     if tracker_names and options.logging.logging_dir:
         saving.check_folder("--logging_dir", options.logging.logging_dir)
+    resumed = find_state(options)
     if resumed is not None:
         changes.refuse_other_kinds(resumed.manifest, options)
     data = training_data.read(options, family.bucket_step_multiple)

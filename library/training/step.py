@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from library import losses, masks
+from library.training import draws
 
 if TYPE_CHECKING:
-    from library.batch import Batch
+    from library.batch import Batch, Share
     from library.models.family import ModelFamily, Parts
     from library.objectives.objective import HuberOptions, Noised, Objective
 
@@ -57,10 +58,18 @@ class Step(nn.Module):
             latents: (B, C, h, w) VAE samples, not yet scaled.
         Returns: (B,) float32, weighted by mask, prior loss weight and signal-to-noise ratio.
         """
-        noised = self.objective.noise(self.family.latent_space.normalise(latents))
+        noised = self._noise(self.family.latent_space.normalise(latents), batch.share)
         with nullcontext() if self.is_text_trained else torch.no_grad():
             text = self.encode_text(batch)
         return self.losses_of(batch, noised, text)
+
+    def _noise(self, latents: Tensor, share: Share | None) -> Noised:
+        """Return latents with noise: that which one process would draw for all of them, if several share the batch."""
+        if share is None:
+            return self.objective.noise(latents)
+        noised = self.objective.noise(share.whole(latents))
+        draws.seed_process(share.process_index)
+        return replace(noised, **{field.name: getattr(noised, field.name)[share.rows] for field in fields(noised)})
 
     def encode_text(self, batch: Batch) -> Any:
         """Return what the denoiser is told of a batch's captions."""

@@ -72,6 +72,26 @@ def test_batches_do_not_depend_on_the_number_of_workers(pictures, num_workers):
         assert_same(one, other)
 
 
+def test_processes_deal_the_images_of_a_batch_out_in_turn(pictures):
+    samples = augmented_samples(pictures)
+    whole = DrawnImages(samples, SETTINGS, tokenize=tokenize)[draws_of(0, 1, 2)]
+    assert whole.share is None
+    for index in range(2):
+        dealt = replace(SETTINGS, process_index=index, num_processes=2)
+        batch = DrawnImages(samples, dealt, tokenize=tokenize)[draws_of(0, 1, 2)]
+        assert batch.names == whole.names[index::2]
+        assert torch.equal(batch.images, whole.images[index::2])
+        assert torch.equal(batch.masks, whole.masks[index::2])
+        assert (batch.share.num_images, batch.share.is_idle) == (3, False)
+
+
+def test_a_process_without_an_image_of_its_own_takes_part_with_the_first_one(pictures):
+    dealt = replace(SETTINGS, process_index=1, num_processes=2)
+    batch = DrawnImages(augmented_samples(pictures), dealt)[draws_of(2)]
+    assert batch.names == (str(pictures[2]),)
+    assert batch.share.is_idle
+
+
 def test_a_plan_without_end_is_loaded_as_far_as_it_is_wanted(pictures):
     dataset = DrawnImages(augmented_samples(pictures), SETTINGS)
     for num_workers in (0, 1):

@@ -38,18 +38,16 @@ def epoch_of(plan, epoch=1) -> list[tuple[Draw, ...]]:
 
 
 plans = st.builds(
-    lambda counts, seed, accumulation, processes: RunPlan(
+    lambda counts, seed, accumulation: RunPlan(
         buckets=tuple(
             bucket(0, (64 * number, 64), batch_size, 100 * number, repeats)
             for number, (batch_size, repeats) in enumerate(counts)
         ),
         seed=seed,
         gradient_accumulation_steps=accumulation,
-        num_processes=processes,
     ),
     st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=9)), min_size=1, max_size=4),
     st.integers(0, 2**32),
-    st.integers(1, 4),
     st.integers(1, 4),
 )
 
@@ -57,7 +55,7 @@ plans = st.builds(
 @settings(deadline=None)
 @given(plans, st.integers(1, 3))
 def test_an_epoch_draws_every_image_exactly_as_often_as_its_repeats(plan, epoch):
-    batches = epoch_of(replace(plan, num_processes=1), epoch)
+    batches = epoch_of(plan, epoch)
     drawn = Counter((draw.sample, draw.repeat) for batch in batches for draw in batch)
     wanted = {
         (sample, repeat)
@@ -78,17 +76,6 @@ def test_a_batch_holds_one_bucket_and_no_more_than_its_batch_size(plan):
         groups = {bucket_of[draw.sample] for draw in batch}
         assert len(groups) == 1
         assert 1 <= len(batch) <= groups.pop().batch_size
-
-
-@settings(deadline=None)
-@given(plans)
-def test_the_processes_share_an_epoch_and_do_equally_many_batches(plan):
-    whole = [[(draw.sample, draw.repeat) for draw in batch] for batch in epoch_of(replace(plan, num_processes=1))]
-    parts = [epoch_of(replace(plan, process_index=index)) for index in range(plan.num_processes)]
-    together = [[(draw.sample, draw.repeat) for draw in batch] for turn in zip(*parts, strict=True) for batch in turn]
-    assert together[: len(whole)] == whole
-    assert together[len(whole) :] == (whole * plan.num_processes)[: len(together) - len(whole)]
-    assert len(together) - len(whole) < plan.num_processes
 
 
 @settings(deadline=None)
@@ -125,7 +112,6 @@ def test_the_first_batch_of_a_step_belongs_to_it_and_the_one_before_does_not(pla
 def test_numbers_of_a_plan_worked_out_by_hand():
     assert PLAN.batches_per_epoch == 7
     assert replace(PLAN, gradient_accumulation_steps=3).steps_per_epoch == 3
-    assert replace(PLAN, num_processes=2).batches_per_epoch == 4
 
 
 def test_the_order_changes_from_epoch_to_epoch_and_from_seed_to_seed():
@@ -161,6 +147,12 @@ def test_images_of_two_datasets_never_share_a_batch_though_their_size_is_the_sam
         ((2,), (1,), 8),
         ((1, 3), (1, 5), 3),
     ]
+
+
+def test_several_processes_share_batches_that_are_so_many_times_larger():
+    samples = [sample(0, (64, 64), 5), sample(0, (128, 64), 3)]
+    several = make_plan([DatasetConfig((64, 64), (SUBSET,), batch_size=2)], samples, seed=3, num_processes=2)
+    assert several == make_plan([DatasetConfig((64, 64), (SUBSET,), batch_size=4)], samples, seed=3)
 
 
 DRAW = Draw(sample=3, repeat=1, epoch=2, step=17)

@@ -184,7 +184,7 @@ def masks_of(family: Family, argv: list[str], num_batches: int) -> list[torch.Te
     options = read_training(argv, family.script).options
     made, parts = family.load()
     data = training_data.read(options, made.bucket_step_multiple)
-    plan = training_data.make_plan(data, options, 7, (0, 1))
+    plan = training_data.make_plan(data, options, 7, 1)
     store = None
     if options.caching.cache_latents:
         from accelerate import Accelerator

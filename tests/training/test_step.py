@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.batch import Batch
+from library.batch import Batch, Share
 from library.models.family import LatentSpace, Parts
 from library.models.sd import Sd
 from library.objectives.ddpm import Ddpm
@@ -103,6 +103,21 @@ def test_each_image_has_its_own_mask() -> None:
 
 def test_a_regularisation_image_counts_by_its_weight() -> None:
     assert doubler()(batch_of(weights=(1.0, 0.25)), LATENTS).tolist() == [7.5, 43.5 / 4]
+
+
+def test_processes_that_share_a_batch_draw_the_noise_that_one_would():
+    step = doubler(Ddpm.from_options(NoiseOptions(noise_offset=0.1, multires_noise_iterations=2), LossOptions(), False))
+    latents = torch.linspace(-1, 1, 3 * 16).view(3, 1, 4, 4)
+    torch.manual_seed(5)
+    whole = step(batch_of(weights=(1.0, 0.5, 1.0)), latents)
+    after = []
+    for index, weights in ((0, (1.0, 1.0)), (1, (0.5,))):
+        share = Share(3, index, 2)
+        torch.manual_seed(5)
+        own = step(replace(batch_of(weights=weights), share=share), latents[share.rows])
+        torch.testing.assert_close(own, whole[share.rows])
+        after.append(torch.rand(()).item())
+    assert after[0] != after[1]  # dropout is each one's own
 
 
 def test_the_gradient_is_that_of_the_masked_loss() -> None:
