@@ -75,6 +75,12 @@ def test_bf16_works(tmp_path):
     assert worst_error(deltas(out), linear_sum(map(reference_file, names), (1, 1))) < 0.03
 
 
+def test_the_sum_is_rounded_to_the_precision_whatever_the_file_is_saved_in(tmp_path):
+    out = load_file(merge(tmp_path, ("in_a", "in_b"), (1, 1), "--precision", "bf16", "--save_precision", "float"))
+    assert {tensor.dtype for tensor in out.values()} == {torch.float32}
+    assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in out.values())
+
+
 def test_a_block_weight_counts_once(tmp_path):
     """The reference puts it on both factors when it merges LoRA files with each other."""
     lists = [[1.0] * 12, [0.5, -0.2, *[0.2] * 3, 0.25, *[0.2] * 6]]  # BASE, IN04 and MID of the second
