@@ -76,6 +76,15 @@ def test_fsdp_saves_the_same_files_as_plain_processes(family: Family, config, tm
 
 
 @pytest.mark.slow
+def test_what_is_promised_to_ddp_leaves_the_files_as_they_are(family: Family, config, tmp_path):
+    accumulated = ("--gradient_accumulation_steps", 2)
+    promises = ("--ddp_static_graph", "--ddp_gradient_as_bucket_view", "--ddp_timeout", 5)
+    plain = files_of(family, config, tmp_path / "plain", {}, *accumulated)
+    promised = files_of(family, config, tmp_path / "promised", {}, *accumulated, *promises)
+    assert not [name for name in plain if differing(plain[name], promised[name])]
+
+
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_saves_the_same_files_as_plain_processes(stage, family: Family, config, tmp_path):
