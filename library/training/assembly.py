@@ -254,7 +254,8 @@ def make_trainee(setting: Setting, parts: Parts) -> trainee.NetworkTrainee:
 def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], None]:
     """Return what writes the state of the run to a folder, after a step (1-based) in an epoch (1-based)."""
     data = setting.checked.data
-    dataset = changes.fingerprint(data.configs, data.samples)
+    is_wanted = setting.options.saving.save_state or setting.options.saving.save_state_on_train_end
+    dataset = changes.fingerprint(data.configs, data.samples) if is_wanted else ""  # asks for the size of every file
     options = changes.deciding_values(setting.options, setting.accelerator.num_processes)
 
     def write(folder: Path, step: int, epoch: int) -> None:
