@@ -146,6 +146,22 @@ def test_the_vae_given_encodes_the_pictures(first_loss, family: Family, tmp_path
     assert abs(first_loss(*little_noise, "--vae", other) / first_loss(*little_noise) - 1) > 1e-3
 
 
+@pytest.mark.parametrize(("more", "dtype"), [((), torch.bfloat16), (("--no_half_vae",), torch.float32)])
+def test_the_vae_computes_in_half_precision_unless_it_must_not(more, dtype, train, config, monkeypatch) -> None:
+    from diffusers import AutoencoderKL
+
+    seen: set[torch.dtype] = set()
+    encode = AutoencoderKL.encode
+
+    def noted(vae: AutoencoderKL, images: torch.Tensor, *others: Any, **settings: Any) -> Any:
+        seen.update((vae.dtype, images.dtype))
+        return encode(vae, images, *others, **settings)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", noted)
+    train(config, "--max_train_steps", 1, "--mixed_precision", "bf16", *more)
+    assert seen == {dtype}
+
+
 # ---- what is always done ---------------------------------------------------------------------------------------
 
 
