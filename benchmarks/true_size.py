@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from measuring import ROOT, Figure, conclude, load, make_parser
@@ -35,6 +36,22 @@ batch_size = 1
 [[datasets.subsets]]
 image_dir = "examples/data/photos"
 conditioning_data_dir = "examples/data/photos_mask"
+"""
+
+buffer = bytearray(1 << 24)
+# Loading maps the file; only what looks at each weight has read it.
+LOAD = """
+import sys, time
+import torch
+from transformers import CLIPTextModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from library.models.sd import Sd
+start = time.perf_counter()
+parts = Sd().load(sys.argv[1], None, torch.float32)
+for model in (parts.denoiser, parts.vae, *parts.text_encoders):
+    for weight in model.parameters():
+        weight.max()
+print(time.perf_counter() - start)
 """
 
 
@@ -129,6 +146,39 @@ def saved_keys(path: Path) -> frozenset[str]:
         return frozenset(file.keys())
 
 
+def load_alone(model: Path) -> tuple[float, float]:
+    """Return the seconds that loading all models takes in a new process, after its imports, and its peak in GB."""
+    command = [sys.executable, "-c", LOAD, str(model)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    seconds = float(process.stdout.read())
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return seconds, usage.ru_maxrss * 1024 / 1e9
+
+
+def read_whole(path: Path) -> float:
+    """Return the seconds that reading a file takes."""
+    start = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - start
+
+
+def measure_loading(model: Path, runs: int) -> list[Figure]:
+    """Return how long loading takes beside reading the file, both from a warm page cache, and its peak."""
+    reading = tuple(read_whole(model) for _ in range(runs + 1))[1:]
+    loading = [load_alone(model) for _ in range(runs)]
+    size_gb = model.stat().st_size / 1e9
+    return [
+        Figure("reading the file", "s", reading, num_warm_up=1),
+        Figure("loading, each weight looked at", "s", tuple(s for s, _ in loading), at_most=1.3 * median(reading)),
+        Figure("peak memory of loading", "GB", tuple(peak for _, peak in loading), at_most=1.3 * size_gb),
+    ]
+
+
 def measure(model: Path, folder: Path, num_epochs: int, runs: int) -> list[Figure]:
     """Return the figures of so many pairs of runs."""
     dataset = folder / "dataset.toml"
@@ -163,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or Path(folder) / "model.safetensors"
         make_model(model, read(MODELS / "base_keys_sd15.json.gz")["required"])
-        figures = measure(model, Path(folder), arguments.epochs, arguments.runs)
+        figures = measure_loading(model, arguments.runs) + measure(
+            model, Path(folder), arguments.epochs, arguments.runs
+        )
     conclude(arguments, figures, load_before)
 
 
