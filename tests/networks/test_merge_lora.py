@@ -174,6 +174,21 @@ def test_of_metadata_that_differ_the_first_file_has_its_way(tmp_path, caplog):
     assert "the files differ in ss_base_model_version (sd_v2, sd_v1); the first is written" in caplog.text
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_linear_layer_and_a_1x1_convolution_are_the_same_module(tmp_path, order):
+    """As projections of SD 2.x are, in files trained on a folder and on a single file."""
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    paths = [tmp_path / "linear.safetensors", tmp_path / "point.safetensors"]
+    for path, tail in zip(paths, ((), (1, 1)), strict=True):
+        down, up = torch.randn(2, 8, *tail), torch.randn(6, 2, *tail)
+        save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, path)
+    out = tmp_path / "out.safetensors"
+    files = [paths[index] for index in order]
+    assert merge_lora.main(["--models", *map(str, files), "--ratios", "1", "0.5", "--save_to", str(out)]) == 0
+    assert worst_error(deltas(out), linear_sum(files, (1, 0.5))) < 1e-6
+    assert load_file(out)[f"{name}.lora_down.weight"].dim() == (2, 4)[order[0]]  # as in the first file
+
+
 def test_files_that_share_no_module_are_merged_with_a_warning(tmp_path, caplog):
     out = merge(tmp_path, ("in_a", "in_xa"), (1, 1))
     assert deltas(out).keys() == deltas(reference_file("in_a")).keys() | deltas(reference_file("in_xa")).keys()
