@@ -82,6 +82,8 @@ def run(work: Callable[[Sequence[str]], None], set_up: Callable[[], None], argv:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
+    except BrokenPipeError:  # what reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
     return GOOD
 
 

@@ -1,5 +1,9 @@
 """LoRA files at another rank, and the command that shows their weights."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from lora_samples import (
@@ -199,6 +203,19 @@ def test_weights_are_shown_with_their_mean_and_smallest_magnitude(capsys, tmp_pa
     assert capsys.readouterr().out.splitlines() == ["number of LoRA modules: 1", down, up]
     assert check_lora_weights.main(["-s", str(path)]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["a.alpha,(),1.0,1.0", down, up]
+
+
+def test_a_reader_that_has_seen_enough_ends_the_list_in_silence(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({f"layer{index:05}.lora_down.weight": torch.ones(1, 1) for index in range(5000)}, path)  # fills a pipe
+    script = Path(check_lora_weights.__file__)
+    process = subprocess.Popen(
+        [sys.executable, script, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "number of LoRA modules: 5000\n"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 0)
+    process.stderr.close()
 
 
 def test_showing_a_missing_file_ends_in_one_line(capsys, tmp_path):
