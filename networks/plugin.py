@@ -74,7 +74,20 @@ def load(name: str) -> ModuleType:
         raise OptionError(f'--network_module: "{name}" is not a module name such as networks.lora.') from None
     if not hasattr(module, "create_network"):
         raise OptionError(f"--network_module {name}: has no create_network, so it is not a network module.")
+    _name_layers_once(module)
     return module
+
+
+def _name_layers_once(module: ModuleType) -> None:
+    """Let LyCORIS' presets "full" and "full-lin" be used on a U-Net, which fail at layers that they name twice.
+
+    Since 4.1 they list the class TimestepEmbedding, beside its two layers by name.
+    """
+    for preset in getattr(module, "PRESET", {}).values():
+        if "TimestepEmbedding" in preset.get("unet_target_module", ()):
+            preset["unet_target_name"] = [
+                name for name in preset.get("unet_target_name", ()) if not name.startswith("time_embedding.")
+            ]
 
 
 def check_arguments(
@@ -110,18 +123,28 @@ def create(
         dropout: --network_dropout; under both names that modules know it by, unless arguments has its own.
         arguments: --network_args by key.
         multiplier: strength.
+
+    Raises: OptionError, also for whatever a module of others raises, which checks its arguments here at the earliest.
     """
-    network = module.create_network(
-        multiplier,
-        dim,
-        alpha,
-        models.vae,
-        models.text_encoder,
-        models.unet,
-        neuron_dropout=dropout,
-        **{"dropout": dropout, **arguments},
-        **_targets(module.create_network, models),
-    )
+    try:
+        network = module.create_network(
+            multiplier,
+            dim,
+            alpha,
+            models.vae,
+            models.text_encoder,
+            models.unet,
+            neuron_dropout=dropout,
+            **{"dropout": dropout, **arguments},
+            **_targets(module.create_network, models),
+        )
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if hasattr(module, "check_arguments"):
+            raise
+        raise OptionError(
+            f"--network_module {module.__name__} makes no network of this: {type(error).__name__}: {error}. "
+            f"Check --network_args {' '.join(f'{key}={value}' for key, value in arguments.items())}."
+        ) from error
     return _checked(module, network)
 
 

@@ -208,6 +208,24 @@ def test_a_lycoris_network_trains_a_step_and_is_saved(algo, models, tmp_path):
     network.restore()
 
 
+@pytest.mark.filterwarnings("ignore")  # LyCORIS' own
+def test_what_lycoris_cannot_make_is_one_line(models):
+    pytest.importorskip("lycoris.kohya", reason="lycoris-lora is an option")
+    with pytest.raises(OptionError, match=r"lycoris.kohya makes no network of this: .*Check --network_args algo=lohaa"):
+        plugin.create(plugin.load("lycoris.kohya"), models, 4, 1.0, None, {"algo": "lohaa"})
+
+
+@pytest.mark.parametrize("preset", [{}, {"preset": "full-lin"}])
+@pytest.mark.filterwarnings("ignore")  # LyCORIS' own
+def test_the_default_preset_of_lycoris_adapts_each_layer_once(preset, models):
+    pytest.importorskip("lycoris.kohya", reason="lycoris-lora is an option")
+    module = plugin.load("lycoris.kohya")
+    network = plugin.create(module, models, 4, 1.0, None, {"algo": "lora", **preset})
+    names = [adapter.lora_name for adapter in network.unet_loras]
+    assert len(names) == len(set(names))
+    assert "lora_unet_time_embedding_linear_1" in names
+
+
 @pytest.mark.parametrize("name", ["networks.lora", "networks.lora_fa", "networks.dylora", "networks.oft"])
 def test_a_network_that_is_switched_off_leaves_the_output_as_it_was_for_that_time(models, name):
     original = output(models)
