@@ -9,7 +9,6 @@ from typing import Any
 from library.options.values import Declared
 
 
-
 @dataclass(frozen=True)
 class Elsewhere:
     """An option that has no reader here, and why."""

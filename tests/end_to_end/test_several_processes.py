@@ -1,18 +1,15 @@
 """Runs of several processes: they train together as one would with the larger batch, and one of them writes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from end_to_end.training_runs import (
-    ROOT,
     Family,
     Pictures,
     arguments,
-    environment,
     events_of,
+    launch,
     metadata_of,
     save,
     subset,
@@ -20,24 +17,11 @@ from end_to_end.training_runs import (
     write_toml,
 )
 
-TIMEOUT_S = 240  # for processes of their own on a busy machine; free ones take about 15 s
-
 
 @pytest.fixture
 def config(pictures, tmp_path) -> Path:
     """Write a config of two masked images: one batch of two an epoch."""
     return write_toml(tmp_path / "d.toml", subset(pictures.cutouts, alpha_mask=True))
-
-
-def launch(family: Family, num_processes: int, argv: list[str], folder: Path) -> str:
-    """Train with several processes on the CPU, which must end well; return their messages."""
-    several = ["--standalone", "--nproc_per_node", str(num_processes)]  # accelerate launch starts them on GPUs only
-    command = [sys.executable, "-m", "torch.distributed.run", *several, str(ROOT / f"{family.script}.py"), *argv]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(folder), timeout=TIMEOUT_S, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
 
 
 def test_two_processes_train_together_and_one_of_them_writes(family: Family, pictures, tmp_path):

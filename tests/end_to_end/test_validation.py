@@ -4,8 +4,18 @@ import json
 import logging
 
 import pytest
-from end_to_end.test_ends_of_runs import launch
-from end_to_end.training_runs import Trained, arguments, differing, events_of, half, picture, save, subset, write_toml
+from end_to_end.training_runs import (
+    Trained,
+    arguments,
+    differing,
+    events_of,
+    half,
+    launch,
+    picture,
+    save,
+    subset,
+    write_toml,
+)
 
 
 @pytest.fixture

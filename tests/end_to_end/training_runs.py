@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +21,7 @@ from library.cli import main
 from library.models.family import ModelFamily, Parts
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 240  # for processes of their own on a busy machine; free ones take about 15 s
 GREY = 51  # of 255: a weight of exactly 0.2
 
 
@@ -222,3 +225,14 @@ def differing(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment of a run in a process of its own, on the CPU, that keeps its caches in folder."""
     return {**os.environ, "XDG_CACHE_HOME": str(folder), "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "default"}
+
+
+def launch(family: Family, num_processes: int, argv: list[str], folder: Path) -> str:
+    """Train with several processes on the CPU, which must end well; return their messages."""
+    several = ["--standalone", "--nproc_per_node", str(num_processes)]  # accelerate launch starts them on GPUs only
+    command = [sys.executable, "-m", "torch.distributed.run", *several, str(ROOT / f"{family.script}.py"), *argv]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(folder), timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
