@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -157,27 +158,35 @@ def test_an_entry_that_cannot_be_written_ends_the_pass():
 
 
 def test_decoding_encoding_and_keeping_overlap():
-    """Each takes 20 ms an image; one after another 12 images would take 720 ms."""
+    """The first encoding meets a later decoding, the second encoding the first keeping: neither goes on alone."""
+    decoding, keeping = (threading.Barrier(2, timeout=20) for _ in range(2))
+    num_decoded, num_encoded, num_kept = itertools.count(), itertools.count(), itertools.count()
 
-    def slow_decode(request):
-        time.sleep(0.02)
+    def meeting_decode(request):
+        if next(num_decoded) == 1:
+            decoding.wait()
         return decode(request)
 
-    def slow_encode(images, seeds):
-        time.sleep(0.02)
+    def meeting_encode(images, seeds):
+        number = next(num_encoded)
+        if number < 2:
+            (decoding, keeping)[number].wait()
         return encode(images, seeds)
 
-    started = time.perf_counter()
+    def meeting_keep(*_):
+        if next(num_kept) == 0:
+            keeping.wait()
+
     fill(
         requests_of(12),
-        decode=slow_decode,
-        encode=slow_encode,
-        keep=lambda *_: time.sleep(0.02),
+        decode=meeting_decode,
+        encode=meeting_encode,
+        keep=meeting_keep,
         batch_size=1,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    assert time.perf_counter() - started < 0.5
+    assert next(num_kept) == 12
 
 
 def test_only_a_few_images_are_in_memory_at_a_time():

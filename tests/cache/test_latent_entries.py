@@ -99,16 +99,10 @@ def test_an_entry_is_a_safetensors_file_that_others_can_read(entry):
         assert json.loads(file.metadata()["fingerprint"])["vae"] == "vae"
 
 
-def test_an_entry_of_1024_pixels_is_small_and_read_quickly(tmp_path, image):
+def test_an_entry_of_1024_pixels_is_small(tmp_path, image):
     path = tmp_path / "e.safetensors"
     write(path, wanted_of(image, image), cached_of(side=128))
     assert path.stat().st_size < 170_000
-    times = []
-    for _ in range(200):
-        started = time.perf_counter()
-        read(path, flip=False, mask_kind="file")
-        times.append(time.perf_counter() - started)
-    assert np.median(times) < 0.3e-3
 
 
 def test_names_keep_extension_size_and_family_apart():

@@ -3,7 +3,6 @@
 import logging
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,16 +34,6 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def seconds_of(*arguments: str) -> float:
-    """Return the shortest of five runs: what the program takes, not what the machine does besides."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run_script(*arguments)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def test_a_wrong_option_ends_with_one_line_and_exit_code_2():
     done = run_script("--sed=3")
     assert (done.returncode, done.stdout) == (2, "")
@@ -55,11 +44,6 @@ def test_help_ends_with_exit_code_0():
     done = run_script("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: train_network.py ")
-
-
-def test_help_and_errors_answer_within_half_a_second():
-    assert seconds_of("--help") < 0.5
-    assert seconds_of("--loss_type=l3") < 0.5
 
 
 def test_reading_options_imports_the_standard_library_only():
