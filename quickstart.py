@@ -28,6 +28,7 @@ OUTPUT = Path("output/quickstart")
 NAME = "masked-lora"
 DATASET = Path("examples/masked_lora/dataset_both.toml")
 NUM_STEPS = 60
+ALL_TESTS = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")  # of pytest-xdist; a process takes about 1 GB
 CRLF, LF = b"\r\n", b"\n"  # git may write either on Windows
 
 VENV_HELP = """Python could not make a virtual environment in .venv.
@@ -230,7 +231,7 @@ def main(arguments: list[str]) -> int:
     try:
         python = prepare_environment(asked.torch_index)
         if asked.what == "test":
-            run([str(python), "-m", "pytest", *rest], "Some tests failed; see above.")
+            run([str(python), "-m", "pytest", *(rest or ALL_TESTS)], "Some tests failed; see above.")
         else:
             train_example(python)
     except StepError as error:
