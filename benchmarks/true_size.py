@@ -39,7 +39,7 @@ conditioning_data_dir = "examples/data/photos_mask"
 """
 
 buffer = bytearray(1 << 24)
-# Loading maps the file; only what looks at each weight has read it.
+# Loading maps the file; only what looks into each page of memory has read it.
 LOAD = """
 import sys, time
 import torch
@@ -50,7 +50,7 @@ start = time.perf_counter()
 parts = Sd().load(sys.argv[1], None, torch.float32)
 for model in (parts.denoiser, parts.vae, *parts.text_encoders):
     for weight in model.parameters():
-        weight.max()
+        weight.detach().flatten()[::1024].sum()
 print(time.perf_counter() - start)
 """
 
@@ -174,7 +174,7 @@ def measure_loading(model: Path, runs: int) -> list[Figure]:
     size_gb = model.stat().st_size / 1e9
     return [
         Figure("reading the file", "s", reading, num_warm_up=1),
-        Figure("loading, each weight looked at", "s", tuple(s for s, _ in loading), at_most=1.3 * median(reading)),
+        Figure("loading, each page looked at", "s", tuple(s for s, _ in loading), at_most=1.3 * median(reading)),
         Figure("peak memory of loading", "GB", tuple(peak for _, peak in loading), at_most=1.3 * size_gb),
     ]
 
