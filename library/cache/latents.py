@@ -9,33 +9,35 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from io import FileIO
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from library.cache.entries import (
+    DTYPES,
+    SUFFIX,
+    DamagedEntryError,
+    Tensors,
+    content_digest,
+    dtype_name,
+    parse_header,
+    read_bytes,
+    read_tensor,
+    require_whole,
+    unusable,
+    write_entry,
+)
 from library.errors import DataError
 from library.masks import MaskKind, MaskSource, Sums
-from library.whole_file import MARK, fitting_name, whole_file
+from library.whole_file import fitting_name
 
-SUFFIX = ".safetensors"
 FORMAT = 1  # raised when the same fingerprint would mean other contents
-MAX_HEADER_BYTES = 1 << 16  # a header is under 1 kB; more is not ours
-ABANDONED_S = 3600.0
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-)
-
-Tensors = dict[str, dict[str, Any]]  # a header's entries: dtype, shape, data_offsets
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,6 @@ class Verdict:
     is_restamped: bool = False  # same contents under another time or name: worth noting for the next start
 
 
-class DamagedEntryError(Exception):
-    """The file is not a whole cache entry."""
-
-
 def entry_path(image: Path, bucket: tuple[int, int], family: str, cache_dir: Path | None, variant: int = 0) -> Path:
     """Return where the entry of an image in a bucket stands: beside the image, or in a folder of its own in cache_dir.
 
@@ -122,11 +120,6 @@ def entry_path(image: Path, bucket: tuple[int, int], family: str, cache_dir: Pat
     folder = image.parent.resolve()  # folders of the same name are told apart by the whole path
     tag = hashlib.blake2b(folder.as_posix().encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
     return cache_dir / fitting_name(folder.name or "root", f"-{tag}") / name
-
-
-def content_digest(data: bytes) -> str:
-    """Return what identifies a file's content: 32 hexadecimal digits."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def read_stamped(path: Path) -> tuple[bytes, Stamp]:
@@ -192,23 +185,7 @@ def write(path: Path, cached: CachedLatents, fingerprint: Fingerprint) -> None:
     if cached.mask is not None:
         tensors["mask"] = torch.from_numpy(np.ascontiguousarray(cached.mask))
     metadata = {"fingerprint": json.dumps(asdict(fingerprint)), "mask_kind": fingerprint.mask_kind}
-    data = safetensors.torch.save(tensors, metadata)
-    try:
-        with whole_file(path) as partial:
-            partial.write_bytes(data)
-    except OSError as error:
-        raise DataError(
-            f"{path}: the cache entry cannot be written ({error.strerror or error}). "
-            "Make room there, or name another folder for the cache with --cache_dir."
-        ) from error
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove what runs that were killed left half written in a folder, an hour ago or more."""
-    for left in folder.glob(f".*{MARK}{SUFFIX}"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > ABANDONED_S:
-                left.unlink()
+    write_entry(path, tensors, metadata)
 
 
 def read(path: Path, *, flip: bool, mask_kind: MaskKind) -> tuple[Tensor, Sums | None]:
@@ -222,7 +199,7 @@ def read(path: Path, *, flip: bool, mask_kind: MaskKind) -> tuple[Tensor, Sums |
         name = "latents_flipped" if flip else "latents"
         if name not in tensors:
             raise DamagedEntryError(f"it holds no {name}")
-        latents = _read_latents(file, start, tensors[name])
+        latents = read_tensor(file, start, tensors[name])
         return latents, _read_mask(file, start, tensors, metadata, mask_kind)
 
 
@@ -239,9 +216,7 @@ def _opened(path: Path) -> Iterator[tuple[FileIO, Tensors, dict[str, str], int]]
         with path.open("rb", buffering=0) as file:
             yield (file, *_parse_header(file))
     except (DamagedEntryError, OSError) as error:
-        raise DataError(
-            f"{path}: the cache entry cannot be used ({error}). Start again without --skip_cache_check."
-        ) from error
+        raise unusable(path, error) from error
 
 
 def read_latents(path: Path) -> CachedLatents:
@@ -252,31 +227,13 @@ def read_latents(path: Path) -> CachedLatents:
     return CachedLatents(latents, read(path, flip=True, mask_kind="none")[0] if has_flipped else None, None)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the format's name of a latents' dtype: F32, F16 or BF16."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
-
-
 def _parse_header(file: FileIO) -> tuple[Tensors, dict[str, str], int]:
-    """Return the tensors' places, the metadata, and where the data starts."""
-    head = file.read(4096)  # longer than most of our headers: one call instead of two
-    length = int.from_bytes(head[:8], "little")
-    if len(head) < 8 or length > MAX_HEADER_BYTES:
-        raise DamagedEntryError("not a safetensors file")
-    while len(head) < 8 + length:
-        more = file.read(8 + length - len(head))
-        if not more:
-            raise DamagedEntryError("cut short")
-        head += more
-    try:
-        tensors: Tensors = json.loads(head[8 : 8 + length])
-        metadata = tensors.pop("__metadata__")
-        is_known = tensors["latents"]["dtype"] in DTYPES and {"fingerprint", "mask_kind"} <= metadata.keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedEntryError("not an entry of the latent cache") from error
+    """Return the tensors' places, the metadata, and where the data starts. Raises: DamagedEntryError."""
+    tensors, metadata, start = parse_header(file)
+    is_known = tensors.get("latents", {}).get("dtype") in DTYPES and {"fingerprint", "mask_kind"} <= metadata.keys()
     if not is_known:
         raise DamagedEntryError("not an entry of the latent cache")
-    return tensors, metadata, 8 + length
+    return tensors, metadata, start
 
 
 def _read_fingerprint(path: Path) -> tuple[Tensors, Fingerprint]:
@@ -288,26 +245,10 @@ def _read_fingerprint(path: Path) -> tuple[Tensors, Fingerprint]:
         image = Stamp(**values.pop("image"))
         mask = values.pop("mask")
         fingerprint = Fingerprint(image=image, mask=None if mask is None else Stamp(**mask), **values)
-        end = start + max(entry["data_offsets"][1] for entry in tensors.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedEntryError("not an entry of the latent cache") from error
-    if end != path.stat().st_size:
-        raise DamagedEntryError("cut short")
+    require_whole(path, tensors, start)
     return tensors, fingerprint
-
-
-def _read_bytes(file: FileIO, start: int, entry: dict[str, Any]) -> bytearray:
-    begin, end = entry["data_offsets"]
-    data = bytearray(end - begin)
-    file.seek(start + begin)
-    if file.readinto(data) != len(data):
-        raise DamagedEntryError("cut short")
-    return data
-
-
-def _read_latents(file: FileIO, start: int, entry: dict[str, Any]) -> Tensor:
-    data = _read_bytes(file, start, entry)
-    return torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _read_mask(
@@ -320,5 +261,5 @@ def _read_mask(
     if "mask" not in tensors:
         return None
     entry = tensors["mask"]
-    data = _read_bytes(file, start, entry)
+    data = read_bytes(file, start, entry)
     return np.frombuffer(data, dtype="<u2").reshape(entry["shape"])

@@ -15,8 +15,9 @@ import torch
 
 from library import whole_file
 from library.cache import fill, latents
+from library.cache.entries import dtype_name, remove_abandoned
 from library.cache.fill import Encoder, Request, Source, ahead, default_num_threads
-from library.cache.latents import CachedLatents, Fingerprint, Stamp, State, Verdict, Wanted, dtype_name
+from library.cache.latents import CachedLatents, Fingerprint, Stamp, State, Verdict, Wanted
 from library.cache.store import LatentStore, Stored
 from library.dataset import geometry, images
 from library.dataset.config import DatasetConfig
@@ -153,7 +154,7 @@ def _update(
         log.warning("%s: the cache entry is damaged and is made again", places[key])
     stale = [key for state in (State.STALE, State.MISSING, State.DAMAGED) for key in by_state[state]]
     for folder in {places[key].parent for key in stale}:
-        latents.remove_abandoned(folder)
+        remove_abandoned(folder)
     for key in by_state[State.FRESH]:
         if verdicts[key].is_restamped:
             _restamp(places[key], key, verdicts[key])

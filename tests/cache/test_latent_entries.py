@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from library.cache import latents as entries
+from library.cache.entries import dtype_name, remove_abandoned
 from library.cache.latents import (
     CachedLatents,
     Fingerprint,
@@ -60,7 +61,7 @@ def write(path, wanted, cached=None):
         image=entries.read_stamped(wanted.image)[1],
         transform=wanted.transform,
         vae=wanted.vae,
-        dtype=entries.dtype_name(wanted.dtype),
+        dtype=dtype_name(wanted.dtype),
         mask_kind=wanted.mask.kind,
         mask=mask,
     )
@@ -252,10 +253,10 @@ def test_a_write_that_fails_leaves_the_old_entry_and_nothing_else(entry, image, 
 def test_what_a_killed_run_left_is_no_entry_and_is_removed_later(entry, image, mask_file):
     left = entry.with_name(f".{entry.stem}.4711.part{entry.suffix}")
     left.write_bytes(b"half")
-    entries.remove_abandoned(entry.parent)
+    remove_abandoned(entry.parent)
     assert left.exists(), "another run may be writing it"
     assert judge(entry, wanted_of(image, mask_file)).state is State.FRESH
     os.utime(left, (time.time() - 7200, time.time() - 7200))
-    entries.remove_abandoned(entry.parent)
+    remove_abandoned(entry.parent)
     assert not left.exists()
     assert entry.exists()
