@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -48,7 +49,7 @@ class Batch:
 
     names: tuple[str, ...]  # paths of the images, for messages
     captions: tuple[str, ...]  # after dropout, shuffling and wildcards
-    tokens: Tensor | None  # family.tokenize(captions): SD (B, num_windows, 77) int64
+    tokens: Tensor | None  # family.tokenize(captions): SD (B, num_windows, 77) int64; None when text is given
     images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1]; None when latents are given
     latents: Tensor | None  # (B, C, h, w) VAE sample, not yet scaled; None when images are given
     masks: Tensor | None  # (B, 1, h, w) float32 in [0, 1]; None: every image weighs 1 everywhere
@@ -58,21 +59,22 @@ class Batch:
     target_sizes: Tensor  # (B, 2) int64: height, width of the bucket
     preserved: Tensor | None = None  # (B,) bool: the target is the untrained model's prediction; None: of no image
     share: Share | None = None  # of several processes; None: these are all images of the batch
+    text: Mapping[str, Tensor] | None = None  # cached outputs of the text encoders (B, ...), see family.text_of
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with every tensor on device; copies from pinned memory do not wait."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by torch's DataLoader)."""
-        pinned: dict[str, Any] = {
-            field.name: value.pin_memory()
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            field.name: change(value)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **pinned)
+        if self.text is not None:
+            changed["text"] = {name: change(tensor) for name, tensor in self.text.items()}
+        return replace(self, **changed)

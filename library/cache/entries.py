@@ -1,4 +1,4 @@
-"""Cache entries as files: one small safetensors file each, whole or not there, with what it was made from in its header."""
+"""Cache entries: small safetensors files, whole or not there, with what they were made from in their headers."""
 
 from __future__ import annotations
 

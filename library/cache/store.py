@@ -1,16 +1,19 @@
-"""Latents and masks at hand: from entries on disk or from memory, behind one face."""
+"""Latents with masks, and text, at hand: from entries on disk or from memory, behind one face."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from library.cache import latents as entries
+from library.cache import text
 from library.cache.latents import CachedLatents
+from library.cache.text import Key, Outputs
 from library.masks import FULL, MaskKind, Sums
 
 
@@ -62,3 +65,24 @@ class LatentStore:
         ]
         means = [mask.mean(dtype=np.float64) / FULL for mask in masks if mask is not None]
         return float(np.mean(means)) if means else None
+
+
+class TextStore:
+    """What the text encoders of a run made of its texts."""
+
+    def __init__(self, places: Mapping[Key, Path | Outputs]) -> None:
+        self._places = dict(places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: Key) -> Outputs:
+        """Return the outputs of texts that were encoded together. Raises: DataError if an entry is gone or damaged."""
+        place = self._places[key]
+        return text.read(place) if isinstance(place, Path) else place
+
+    def stacked(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the outputs (B, ...) by name of captions that were encoded one by one. Raises: DataError."""
+        found = {caption: self.get((caption,)) for caption in dict.fromkeys(captions)}
+        first = found[captions[0]]
+        return {name: torch.stack([found[caption][name] for caption in captions]) for name in first}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,18 +73,25 @@ def compose(
         return ""
     if subset.caption_dropout_every_n_epochs > 0 and epoch % subset.caption_dropout_every_n_epochs == 0:
         return ""
-    caption = rng.choice(lines) if len(lines) > 1 else lines[0]
-    if subset.caption_prefix:
-        caption = f"{subset.caption_prefix} {caption}"
-    if subset.caption_suffix:
-        caption = f"{caption} {subset.caption_suffix}"
+    caption = _with_ends(rng.choice(lines) if len(lines) > 1 else lines[0], subset)
     if subset.enable_wildcard:
         caption = _draw_wildcards(caption, rng)
-    if _has_tag_work(caption, subset):
-        caption = _rearranged(caption, subset, rng, step, max_train_steps)
-    if subset.secondary_separator:
-        caption = caption.replace(subset.secondary_separator, subset.caption_separator)
-    return caption
+    return _finished(caption, subset, rng, step, max_train_steps)
+
+
+def every(lines: Sequence[str], subset: SubsetConfig) -> Iterator[str]:
+    """Yield each caption that `compose` can return, some perhaps twice; their number can be very large.
+
+    Args:
+        lines: as read.
+        subset: must not ask for what has no end: shuffled tags, a warm-up or dropout of tags.
+    """
+    if subset.caption_dropout_rate > 0 or subset.caption_dropout_every_n_epochs > 0:
+        yield ""
+    for line in lines:
+        caption = _with_ends(line, subset)
+        for drawn in _every_wildcard(caption) if subset.enable_wildcard else [caption]:
+            yield _finished(drawn, subset, random.Random(0), step=0, max_train_steps=1)
 
 
 def preview(lines: Sequence[str], subset: SubsetConfig) -> str:
@@ -100,11 +108,40 @@ def preview(lines: Sequence[str], subset: SubsetConfig) -> str:
     return "\n".join(compose([line], fixed, random.Random(0), epoch=1, step=0, max_train_steps=1) for line in lines)
 
 
+def _with_ends(line: str, subset: SubsetConfig) -> str:
+    caption = f"{subset.caption_prefix} {line}" if subset.caption_prefix else line
+    return f"{caption} {subset.caption_suffix}" if subset.caption_suffix else caption
+
+
 def _draw_wildcards(caption: str, rng: random.Random) -> str:
     """Return caption with each {a|b} replaced by a or b; {{ and }} become single braces."""
-    caption = caption.replace("{{", OPENING).replace("}}", CLOSING)
-    caption = WILDCARD.sub(lambda match: rng.choice(match[1].split("|")), caption)
+    caption = WILDCARD.sub(lambda match: rng.choice(match[1].split("|")), _braces_hidden(caption))
+    return _braces_shown(caption)
+
+
+def _every_wildcard(caption: str) -> Iterator[str]:
+    """Yield all that `_draw_wildcards` can return."""
+    hidden = _braces_hidden(caption)
+    for chosen in itertools.product(*(match[1].split("|") for match in WILDCARD.finditer(hidden))):
+        words = iter(chosen)
+        yield _braces_shown(WILDCARD.sub(lambda _, words=words: next(words), hidden))  # type: ignore[misc]
+
+
+def _braces_hidden(caption: str) -> str:
+    return caption.replace("{{", OPENING).replace("}}", CLOSING)
+
+
+def _braces_shown(caption: str) -> str:
     return caption.replace(OPENING, "{").replace(CLOSING, "}")
+
+
+def _finished(caption: str, subset: SubsetConfig, rng: random.Random, step: int, max_train_steps: int) -> str:
+    """Return caption after all that is done to its tags and separators."""
+    if _has_tag_work(caption, subset):
+        caption = _rearranged(caption, subset, rng, step, max_train_steps)
+    if subset.secondary_separator:
+        caption = caption.replace(subset.secondary_separator, subset.caption_separator)
+    return caption
 
 
 def _has_tag_work(caption: str, subset: SubsetConfig) -> bool:

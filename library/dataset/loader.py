@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from library.batch import Batch, Share
 from library.cache.fill import to_images
-from library.cache.store import LatentStore
+from library.cache.store import LatentStore, TextStore
 from library.dataset import captions, geometry, images, plan
 from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
@@ -72,6 +72,7 @@ class DrawnImages(DrawsDataset):
         *,
         tokenize: Tokenize | None = None,
         store: LatentStore | None = None,
+        texts: TextStore | None = None,
     ) -> None:
         """Take what batches are made of.
 
@@ -79,11 +80,13 @@ class DrawnImages(DrawsDataset):
             samples: a draw's index is among them.
             settings: what all batches have in common.
             tokenize: gives Batch.tokens; None leaves them out.
+            texts: gives Batch.text instead, of every caption that can be drawn.
             store: where latents and masks come from; None: images are decoded at each draw.
         """
         self._samples = samples
         self._settings = settings
-        self._tokenize = tokenize
+        self._tokenize = tokenize if texts is None else None
+        self._texts = texts
         self.store = store
 
     def __getitem__(self, draws: tuple[Draw, ...]) -> Batch | Failure:
@@ -117,6 +120,7 @@ class DrawnImages(DrawsDataset):
             original_sizes=torch.tensor([item.sizes.original for item in items]),
             crop_top_lefts=torch.tensor([item.sizes.crop_top_left for item in items]),
             target_sizes=torch.tensor([item.sizes.target for item in items]),
+            text=None if self._texts is None else self._texts.stacked(texts),
             preserved=_flags([sample.subset.diff_output_preservation for sample in samples]),
         )
 

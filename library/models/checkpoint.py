@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import pickle
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SHOWN_KEYS = 3
+SAMPLED_ROWS = 8  # of each tensor's first axis, for a fingerprint
 REMAP_BYTES = 2**28
 
 
@@ -146,6 +148,31 @@ class Prefixed:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows start to stop."""
         return self._file.rows(self._prefix + name, start, stop)
+
+
+def sampled_rows(file: TensorSource, name: str) -> Tensor:
+    """Return up to 8 rows of a tensor, spread evenly, as one row: enough to tell weights apart without reading all."""
+    shape = file.shapes[name]
+    if not shape:
+        return file.read(name).reshape(1)
+    step = max(1, -(-shape[0] // SAMPLED_ROWS))
+    rows = [file.rows(name, row, row + 1) for row in range(0, shape[0], step)]
+    return torch.cat([row.reshape(-1) for row in rows]) if rows else torch.empty(0)
+
+
+def fingerprint(file: TensorSource, names: Mapping[str, str] | None = None) -> str:
+    """Return 32 hex digits that identify tensors: names, shapes, dtypes and a sample of each.
+
+    Args:
+        file: at most 8 rows of each tensor are read.
+        names: the names that count, and for each that in the file; None: all as they are.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, stored in sorted((names or {name: name for name in file.shapes}).items()):
+        sample = sampled_rows(file, stored)
+        digest.update(f"{name} {list(file.shapes[stored])} {sample.dtype}\n".encode())
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def has_prefix(file: TensorSource, prefix: str) -> bool:

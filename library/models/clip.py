@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import OptionError
+from library.models import checkpoint
 from library.models.checkpoint import TensorSource, build_on_meta, load_onto, require
 from library.models.clip_tokens import BOS, EOS
 from library.models.layout import clip as layout
@@ -78,6 +79,20 @@ def build_openclip(file: TensorSource, dtype: torch.dtype) -> nn.Module:
 
     load_onto(module, read(), dtype, str(file.path), "text encoder")
     return module
+
+
+def fingerprint(file: TensorSource) -> str:
+    """Return 32 hex digits that identify a text encoder in either layout, read without loading it.
+
+    transformers' layout has one fingerprint whichever version wrote the names. At most 8 rows of a tensor are read.
+
+    Raises:
+        CheckpointError: there is no text encoder.
+    """
+    names = {name.removeprefix(layout.NESTED): name for name in file.shapes if "position_ids" not in name}
+    if not any("token_embedding" in name for name in names):
+        require(file, (TOKEN_EMBEDDING,), "text encoder")
+    return checkpoint.fingerprint(file, names)
 
 
 def _count_layers(file: TensorSource, pattern: str) -> int:

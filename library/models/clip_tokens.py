@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,19 @@ def cached_vocabulary(cache_dir: str | None, name: str) -> Vocabulary:
     except OSError as error:
         raise CheckpointError(f"--tokenizer_cache_dir: {folder} cannot be written ({error.strerror}).") from None
     return shipped_vocabulary()
+
+
+def vocabulary_name(cache_dir: str | None, name: str) -> str:
+    """Return what tells the vocabulary kept in cache_dir/name from others: "shipped", or 16 digits of its content.
+
+    Raises:
+        CheckpointError: see `cached_vocabulary`.
+    """
+    vocabulary = cached_vocabulary(cache_dir, name)
+    if vocabulary == shipped_vocabulary():
+        return "shipped"
+    content = json.dumps([dict(vocabulary.ids), vocabulary.merges], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,8 +40,8 @@ class Parts:
     """The loaded models of one family."""
 
     denoiser: nn.Module
-    text_encoders: tuple[nn.Module, ...]
-    vae: nn.Module
+    text_encoders: tuple[nn.Module, ...]  # none where all captions are encoded already
+    vae: nn.Module | None  # None where all images are, and nothing is to be decoded
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,15 @@ class ModelFamily(Protocol):
     ) -> Parts:
         """Return the models on the CPU, frozen, in eval mode; vae_dtype is the VAE's where it differs."""
 
+    def load_denoiser(self, checkpoint: str, dtype: torch.dtype) -> nn.Module:
+        """Return the denoiser alone, on the CPU, frozen, in eval mode."""
+
+    def load_text_encoders(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, ...]:
+        """Return the text encoders alone, on the CPU, frozen, in eval mode."""
+
+    def load_vae(self, checkpoint: str, vae_path: str | None, dtype: torch.dtype) -> nn.Module:
+        """Return the VAE alone, on the CPU, frozen, in eval mode."""
+
     def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
         """Return a fingerprint of the VAE's encoder, read without loading the model."""
 
@@ -84,6 +93,18 @@ class ModelFamily(Protocol):
 
     def encode_text(self, parts: Parts, tokens: Tensor) -> Any:
         """Return what `predict` takes as text; differentiable in the text encoders."""
+
+    def text_identity(self, checkpoint: str) -> str:
+        """Return a fingerprint of the text encoders and of all that decides what `encode_text` makes of a caption.
+
+        Read without loading the models.
+        """
+
+    def text_outputs(self, text: Any) -> dict[str, Tensor]:
+        """Return what the cache keeps of what `encode_text` returned, by name; first axis B."""
+
+    def text_of(self, outputs: Mapping[str, Tensor]) -> Any:
+        """Return what `predict` takes as text, of what `text_outputs` gave."""
 
     def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return VAE samples (B, C, h, w), not yet scaled, of images (B, 3, H, W), float32; noise decides the draw."""

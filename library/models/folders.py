@@ -69,13 +69,17 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> nn.Module:
     """
     from transformers import CLIPTextConfig
 
-    place = folder / "text_encoder"
-    weights = _first_file(place, TEXT_ENCODER_WEIGHTS, "text encoder")
+    place, weights = folder / "text_encoder", text_encoder_file(folder)
     try:
         config = CLIPTextConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{place}: config.json cannot be read ({_first_line(error)}).") from error
     return clip.build(open_tensors(weights), dtype, config)
+
+
+def text_encoder_file(folder: Path) -> Path:
+    """Return the file with the text encoder's weights of a diffusers folder. Raises: CheckpointError: there is none."""
+    return _first_file(folder / "text_encoder", TEXT_ENCODER_WEIGHTS, "text encoder")
 
 
 def vae_file(name: str) -> Path:

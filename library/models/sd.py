@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,35 +84,49 @@ class Sd:
         Raises:
             CheckpointError: says what is wrong with the file and what to do.
         """
-        vae_dtype = vae_dtype or dtype
-        if folders.is_file(checkpoint):
-            denoiser, text_encoder = self._load_file(Path(checkpoint), dtype)
-        else:
-            denoiser, text_encoder = self._load_folder(checkpoint, dtype)
-        clip.check_skip(text_encoder, self.clip_skip)
-        vae_file = open_tensors(folders.vae_file(vae_path or checkpoint))
-        return Parts(denoiser, (text_encoder,), vae.build(vae_file, vae_dtype))
+        return Parts(
+            self.load_denoiser(checkpoint, dtype),
+            self.load_text_encoders(checkpoint, dtype),
+            self.load_vae(checkpoint, vae_path, vae_dtype or dtype),
+        )
 
-    def _load_file(self, path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        """Return the U-Net and the text encoder of a checkpoint in the original layout."""
+    def load_denoiser(self, checkpoint: str, dtype: torch.dtype) -> nn.Module:
+        """Return the U-Net alone, as `load` does."""
+        if not folders.is_file(checkpoint):
+            return folders.load_denoiser(folders.model_folder(checkpoint), dtype)
+        file = self._open(Path(checkpoint))
+        return unet.build(Prefixed(file, unet_layout.PREFIX), self.v2, dtype)
+
+    def load_text_encoders(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, ...]:
+        """Return the text encoder alone, as `load` does."""
+        if folders.is_file(checkpoint):
+            file = self._open(Path(checkpoint))
+            build = clip.build_openclip if self.v2 else clip.build
+            text_encoder = build(Prefixed(file, self._text_prefix), dtype)
+        else:
+            text_encoder = folders.load_text_encoder(folders.model_folder(checkpoint), dtype)
+            config: Any = text_encoder.config
+            # the activation is what tells the two text encoders apart at any size
+            self._check_version(config.hidden_act != "quick_gelu", checkpoint)
+        clip.check_skip(text_encoder, self.clip_skip)
+        return (text_encoder,)
+
+    def load_vae(self, checkpoint: str, vae_path: str | None, dtype: torch.dtype) -> nn.Module:
+        """Return the VAE alone, as `load` does."""
+        return vae.build(open_tensors(folders.vae_file(vae_path or checkpoint)), dtype)
+
+    @property
+    def _text_prefix(self) -> str:
+        return clip_layout.SD2_PREFIX if self.v2 else clip_layout.SD1_PREFIX
+
+    def _open(self, path: Path) -> TensorSource:
+        """Return the tensors of a checkpoint in the original layout, which is of this family and version."""
         file = open_tensors(path)
         _check_family(file)
         found_v2 = has_prefix(file, clip_layout.SD2_PREFIX)
         if found_v2 or has_prefix(file, clip_layout.SD1_PREFIX):
             self._check_version(found_v2, str(path))
-        if self.v2:
-            text_encoder = clip.build_openclip(Prefixed(file, clip_layout.SD2_PREFIX), dtype)
-        else:
-            text_encoder = clip.build(Prefixed(file, clip_layout.SD1_PREFIX), dtype)
-        return unet.build(Prefixed(file, unet_layout.PREFIX), self.v2, dtype), text_encoder
-
-    def _load_folder(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        """Return the U-Net and the text encoder of a diffusers folder or hub id."""
-        folder = folders.model_folder(checkpoint)
-        text_encoder: Any = folders.load_text_encoder(folder, dtype)
-        # the activation is what tells the two text encoders apart at any size
-        self._check_version(text_encoder.config.hidden_act != "quick_gelu", checkpoint)
-        return folders.load_denoiser(folder, dtype), text_encoder
+        return file
 
     def _check_version(self, found_v2: bool, checkpoint: str) -> None:
         """Raise CheckpointError where the checkpoint is SD 2.x without --v2, or SD 1.x with it."""
@@ -129,22 +143,41 @@ class Sd:
         """
         return vae.fingerprint(open_tensors(folders.vae_file(vae_path or checkpoint)))
 
+    def text_identity(self, checkpoint: str) -> str:
+        """Return what identifies the text encoder, how it is called and how captions become tokens.
+
+        At most 8 rows of each tensor are read.
+
+        Raises:
+            CheckpointError: the file is not there, not readable or holds no text encoder.
+        """
+        if folders.is_file(checkpoint):
+            file: TensorSource = Prefixed(self._open(Path(checkpoint)), self._text_prefix)
+        else:
+            file = open_tensors(folders.text_encoder_file(folders.model_folder(checkpoint)))
+        called = [f"windows {self.num_windows}", f"skip {self.clip_skip or 1}", *(["weights"] * self.weighted_captions)]
+        words = clip_tokens.vocabulary_name(self.tokenizer_cache_dir, self._tokenizer[0])
+        return " ".join([clip.fingerprint(file), *called, words])
+
     # ---- text --------------------------------------------------------------------------------------------------
     @property
     def num_windows(self) -> int:
         """Return how many windows of 77 tokens a caption gets."""
         return (self.max_token_length or clip_tokens.CONTENT) // clip_tokens.CONTENT
 
+    @property
+    def _tokenizer(self) -> tuple[str, str, int]:
+        """The tokenizer's folder in --tokenizer_cache_dir, the word that pads, and its token."""
+        if self.v2:
+            return "stabilityai_stable-diffusion-2", "!", 0
+        return "openai_clip-vit-large-patch14", clip_tokens.END_WORD, clip_tokens.EOS
+
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Return the captions' tokens, (B, windows, 77) int64.
 
         With weighted_captions (B, windows, 2, 77) float32: the tokens, which float32 holds exactly, and their weights.
         """
-        name, pad_word, pad = (
-            ("stabilityai_stable-diffusion-2", "!", 0)
-            if self.v2
-            else ("openai_clip-vit-large-patch14", clip_tokens.END_WORD, clip_tokens.EOS)
-        )
+        name, pad_word, pad = self._tokenizer
         encode = clip_tokens.tokenizer(self.tokenizer_cache_dir, name, pad_word).encode_batch
         if not self.weighted_captions:
             encoded = encode(list(captions), add_special_tokens=False)
@@ -177,6 +210,14 @@ class Sd:
             states = states * weights.to(states).unsqueeze(-1)
         return clip.join_windows(states)
 
+    def text_outputs(self, text: Tensor) -> dict[str, Tensor]:
+        """Return the hidden states (B, N, D) by their name in the cache."""
+        return {"hidden_states": text}
+
+    def text_of(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the hidden states (B, N, D) of what `text_outputs` gave."""
+        return outputs["hidden_states"]
+
     # ---- images ------------------------------------------------------------------------------------------------
     def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return latents (B, 4, h, w), not scaled, of images (B, 3, H, W) in [-1, 1].
@@ -186,6 +227,7 @@ class Sd:
             images: on the VAE's device.
             noise: (B, 4, h, w) standard normal, which decides the draw from the VAE's distribution; None: fresh.
         """
+        assert parts.vae is not None, "cached images are not encoded"
         return vae.encode(parts.vae, images, noise)
 
     def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
@@ -257,6 +299,7 @@ def lora_targets_of(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> 
 
 def original_tensors(parts: Parts, v2: bool) -> dict[str, Tensor]:
     """Return all weights under their names in a single-file checkpoint, as other tools expect them."""
+    assert parts.vae is not None, "only whole models are written"
     return (
         unet.original_tensors(parts.denoiser, linear_projection=v2)
         | vae.original_tensors(parts.vae)

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
-from library.models.checkpoint import Prefixed, TensorSource, build_on_meta, has_prefix, load_onto, require
+from library.models.checkpoint import (
+    Prefixed,
+    TensorSource,
+    build_on_meta,
+    has_prefix,
+    load_onto,
+    require,
+    sampled_rows,
+)
 from library.models.layout import vae as layout
-
-SAMPLED_ROWS = 8  # of each tensor's first axis, for the fingerprint
 
 
 def build(file: TensorSource, dtype: torch.dtype) -> nn.Module:
@@ -98,9 +104,7 @@ def fingerprint(file: TensorSource) -> str:
         shape = source.shapes[stored]
         if layout.is_attention_weight(library_name):
             shape = shape[:2]  # 1x1 convolution or linear layer: the same numbers
-        step = -(-shape[0] // SAMPLED_ROWS)
-        rows = [source.rows(stored, row, row + 1) for row in range(0, shape[0], step)]
-        sample = torch.cat([row.reshape(-1) for row in rows])
+        sample = sampled_rows(source, stored)
         digest.update(f"{library_name} {list(shape)} {sample.dtype}\n".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -19,6 +19,7 @@ def check_options(options: Options) -> list[str]:
     Raises: OptionError for what is missing or contradicts.
     """
     _check_required(options)
+    _check_text_cache(options)
     _check_loss(options)
     check_deepspeed(options)
     _check_fused(options)
@@ -80,6 +81,20 @@ def _check_required(options: Options) -> None:
             raise OptionError(f"--{name} is missing. Add --{name}={example}.")
 
 
+def _check_text_cache(options: Options) -> None:
+    if not options.caching.cache_text_encoder_outputs:
+        return
+    if options.dataset.dataset_class is not None:
+        raise OptionError(
+            "--cache_text_encoder_outputs cannot be with --dataset_class, which may make other captions each time."
+        )
+    if not options.network.network_train_unet_only:
+        raise OptionError(
+            "--cache_text_encoder_outputs encodes the captions before training, so that the text encoders cannot be "
+            "trained. Add --network_train_unet_only, or leave it out."
+        )
+
+
 def _check_loss(options: Options) -> None:
     noise, loss, is_velocity = options.noise, options.loss, options.model.v_parameterization
     if noise.adaptive_noise_scale and not noise.noise_offset:
@@ -132,10 +147,14 @@ def _idle_data_options(options: Options) -> Iterator[str]:
         yield "--clip_skip with --v2: Stable Diffusion 2.x is made for its last layer but one already"
     if captions.token_warmup_min != 1 and not captions.token_warmup_step:
         yield "--token_warmup_min has no effect without --token_warmup_step"
-    if caching.skip_cache_check and not caching.cache_latents_to_disk:
-        yield "--skip_cache_check has no effect without --cache_latents_to_disk"
-    if caching.cache_dir is not None and not caching.cache_latents_to_disk:
-        yield "--cache_dir has no effect without --cache_latents_to_disk"
+    if not (caching.cache_latents_to_disk or caching.cache_text_encoder_outputs_to_disk):
+        for name in ("skip_cache_check", "cache_dir"):
+            if getattr(caching, name):
+                yield (
+                    f"--{name} has no effect without --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk"
+                )
+    if caching.text_encoder_batch_size and not caching.cache_text_encoder_outputs:
+        yield "--text_encoder_batch_size has no effect without --cache_text_encoder_outputs"
     if noise.noise_offset_random_strength and not noise.noise_offset:
         yield "--noise_offset_random_strength has no effect without --noise_offset"
     if noise.ip_noise_gamma_random_strength and not noise.ip_noise_gamma:

@@ -57,10 +57,7 @@ _SD3, _SDXL_AND_SD3, _DB = ("sd3_train_network",), ("sdxl_train_network", "sd3_t
 
 # Options of the other scripts -> which scripts, and whether a value follows.
 OTHER_SCRIPTS: Mapping[str, tuple[tuple[str, ...], bool]] = {
-    "cache_text_encoder_outputs": (_SDXL_AND_SD3, False),
-    "cache_text_encoder_outputs_to_disk": (_SDXL_AND_SD3, False),
     "disable_mmap_load_safetensors": (_SDXL_AND_SD3, False),
-    "text_encoder_batch_size": (_SD3, True),
     "weighting_scheme": (_SD3, True),
     "logit_mean": (_SD3, True),
     "logit_std": (_SD3, True),

@@ -18,7 +18,7 @@ from library.errors import CheckpointError
 from library.models import float8
 from library.training import changes, distribution, file_metadata, fused, optimizers, schedules, state, trainee
 from library.training import data as training_data
-from library.training.data import Data
+from library.training.data import Data, Stores
 from library.training.file_metadata import Hashes
 from library.training.loop import Run
 from library.training.metrics import LossHistory, LossReader
@@ -35,11 +35,11 @@ from library.training.validation import Validator, timesteps_of
 
 if TYPE_CHECKING:
     from library.batch import Batch
-    from library.cache.store import LatentStore
     from library.models.family import ModelFamily, Parts
     from library.options import Options
     from library.options.hub import HubOptions
     from library.training.hub import Uploads
+    from library.training.loading import Loaded
 
 log = logging.getLogger(__name__)
 
@@ -113,41 +113,11 @@ class Setting:
     steps_done: int = 0  # before this run: of a resumed one, or --initial_step
 
 
-def load(setting: Setting) -> tuple[Parts, LatentStore | None]:
-    """Return the models on the device, and all latents if they are to be cached: the VAE then waits on the CPU."""
-    options, family, device = setting.options, setting.family, setting.accelerator.device
-    checkpoint = options.model.pretrained_model_name_or_path or ""
-    formats = setting.checked.precision
-    parts = family.load(checkpoint, options.model.vae, formats.frozen, formats.vae)
-    log.info("loaded %s", checkpoint)
-    family.set_attention(parts, "xformers" if options.training.xformers else "sdpa")
-    parts.vae.to(device)
-    store = None
-    if options.caching.cache_latents:
-        identity = family.vae_identity(checkpoint, options.model.vae)
-        store = training_data.cache(setting.checked.data, options.caching, family, parts, identity, setting.accelerator)
-        if not options.model.lowram:
-            parts.vae.to("cpu")
-    settle_weights(setting, parts)
-    return parts, store
-
-
-def settle_weights(setting: Setting, parts: Parts) -> None:
-    """Give the frozen weights their place on the device, what is merged into them, and their format."""
-    options, formats = setting.options.network, setting.checked.precision
-    if not options.base_weights:  # float8 before the move: the device never holds more than what it keeps
-        for model in formats.float8_parts(parts):
-            float8.store(model)
-    for model in (parts.denoiser, *parts.text_encoders):
-        model.to(setting.accelerator.device)
-    trainee.merge_base_weights(setting.checked.network_module, options, setting.family, parts)
-    for model in formats.float8_parts(parts):
-        float8.store(model)
-
-
-def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: Hashes | None) -> Run:
+def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
     """Return the run: the network made and attached, the optimizer and everything else around it."""
     options, accelerator, plan = setting.options, setting.accelerator, setting.plan
+    parts = loaded.parts
+    stores = Stores(loaded.latents, None if loaded.texts is None else loaded.texts.captions)
     trained = make_trainee(setting, parts)
     if options.training.torch_compile:
         compile_blocks(parts, options.training.dynamo_backend)
@@ -194,7 +164,7 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
             setting.checked.data,
             options,
             plan,
-            store,
+            stores,
             setting.family,
             setting.max_train_steps,
             setting.steps_done,
@@ -209,8 +179,8 @@ def assemble(setting: Setting, parts: Parts, store: LatentStore | None, hashes: 
         states=StateSaver(
             options.saving, saver, state_writer(setting, live), accelerator.is_main_process, publish_state
         ),
-        sampler=make_sampler(setting, parts, trained),
-        validator=make_validator(setting, store, accelerator.unwrap_model(step), latents_of),
+        sampler=make_sampler(setting, loaded, trained),
+        validator=make_validator(setting, stores, accelerator.unwrap_model(step), latents_of),
         trackers=setting.trackers,
         history=history,
         steps_done=setting.steps_done,
@@ -265,7 +235,7 @@ def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], Non
     return write
 
 
-def make_sampler(setting: Setting, parts: Parts, trained: trainee.NetworkTrainee) -> Sampler | None:
+def make_sampler(setting: Setting, loaded: Loaded, trained: trainee.NetworkTrainee) -> Sampler | None:
     """Return what draws previews, None where none are wanted."""
     options, formats = setting.options, setting.checked.precision
     return Sampler.from_options(
@@ -273,7 +243,7 @@ def make_sampler(setting: Setting, parts: Parts, trained: trainee.NetworkTrainee
         options.sampling,
         options.saving,
         setting.family,
-        parts,
+        loaded.parts,
         setting.accelerator.device,
         (setting.accelerator.process_index, setting.accelerator.num_processes),
         Drawing(
@@ -281,12 +251,13 @@ def make_sampler(setting: Setting, parts: Parts, trained: trainee.NetworkTrainee
             prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
             zero_terminal_snr=options.noise.zero_terminal_snr,
             modules=trained.modules,
+            texts=None if loaded.texts is None else loaded.texts.prompts,
         ),
     )
 
 
 def make_validator(
-    setting: Setting, store: LatentStore | None, step: Step, latents_of: Callable[[Batch], Tensor]
+    setting: Setting, stores: Stores, step: Step, latents_of: Callable[[Batch], Tensor]
 ) -> Validator | None:
     """Return what measures the loss on the images that are held back, None where there are none."""
     options, data, accelerator = setting.options, setting.checked.data, setting.accelerator
@@ -303,11 +274,12 @@ def make_validator(
     numbers = range(accelerator.process_index, len(batches), accelerator.num_processes)
     own = [batches[number] for number in numbers]
     seed = setting.plan.seed if wanted.validation_seed is None else wanted.validation_seed
+    loader = training_data.load_validation(data, options, own, seed, stores, setting.family, setting.max_train_steps)
     return Validator(
         accelerator=accelerator,
         step=step,
         latents_of=latents_of,
-        batches=training_data.load_validation(data, options, own, seed, store, setting.family, setting.max_train_steps),
+        batches=loader,
         numbers=numbers,
         timesteps=timesteps_of(options.noise),
         seed=seed,

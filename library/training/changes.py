@@ -32,6 +32,7 @@ FREE_TO_CHANGE = {
     "max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "initial_step", "initial_epoch", "seed",
     "ddp_timeout", "lowram",
     "cache_latents_to_disk", "cache_dir", "skip_cache_check", "vae_batch_size", "tokenizer_cache_dir",
+    "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size",
     "dataset_config", "train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir",  # what is in them is told
 }  # fmt: skip
 PARTS_OF_A_DATASET = ("images and masks", "captions", "settings")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.dataset import config, latents, own_class, plan, problems, scan
+from library.dataset import config, latents, own_class, plan, problems, scan, texts
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
 from library.errors import OptionError
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.batch import Batch
-    from library.cache.store import LatentStore
+    from library.cache.fill import Encoder
+    from library.cache.store import LatentStore, TextStore
     from library.dataset.config import DatasetConfig
     from library.dataset.plan import Draw, RunPlan
     from library.dataset.scan import Sample
@@ -46,6 +47,14 @@ class Data:
         return self.samples + self.validation
 
 
+@dataclass(frozen=True)
+class Stores:
+    """What is cached of the data."""
+
+    latents: LatentStore | None = None  # None: images are encoded at each step
+    texts: TextStore | None = None  # None: captions are
+
+
 def read(options: Options, bucket_step_multiple: int) -> Data:
     """Return the samples of the run, all of them usable.
 
@@ -64,6 +73,8 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
+    if options.caching.cache_text_encoder_outputs:
+        texts.refuse_uncacheable(configs)
     if not found.samples:
         reason = "every one is held back. Lower validation_split" if found.validation else "every one was left out"
         raise OptionError(f"The dataset has no image to train on: {reason}.")
@@ -85,14 +96,19 @@ def make_plan(data: Data, options: Options, seed: int, num_processes: int) -> Ru
     )
 
 
-def encoder(family: ModelFamily, parts: Parts) -> Callable[[Tensor, Sequence[int]], Tensor]:
-    """Return the VAE's encoder as the cache wants it: the noise of image i is drawn from seeds[i], on the CPU."""
+def encoder(family: ModelFamily, parts: Callable[[], Parts]) -> Encoder:
+    """Return the VAE's encoder as the cache wants it: the noise of image i is drawn from seeds[i], on the CPU.
+
+    Args:
+        family: encodes.
+        parts: returns the models, of which only the VAE is used; called when there is something to encode.
+    """
 
     def encode(images: Tensor, seeds: Sequence[int]) -> Tensor:
         space = family.latent_space
         size = (space.channels, images.shape[2] // space.reduction, images.shape[3] // space.reduction)
         noise = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        return family.encode_images(parts, images, noise)
+        return family.encode_images(parts(), images, noise)
 
     return encode
 
@@ -100,16 +116,27 @@ def encoder(family: ModelFamily, parts: Parts) -> Callable[[Tensor, Sequence[int
 def cache(
     data: Data,
     options: CachingOptions,
-    family: ModelFamily,
-    parts: Parts,
+    family: str,
+    encode: Encoder,
+    dtype: torch.dtype,
     vae_identity: str,
     accelerator: Accelerator,
 ) -> LatentStore:
-    """Return all latents, encoding what is missing with the VAE, which is on the device."""
+    """Return all latents, encoding what is missing.
+
+    Args:
+        data: all images, held back or not.
+        options: the caching group.
+        family: its name, part of the names of files.
+        encode: see cache.fill.Encoder.
+        dtype: the VAE's working dtype.
+        vae_identity: of its weights.
+        accelerator: several processes share the work.
+    """
     settings = LatentSettings(
-        family=family.name,
+        family=family,
         vae=vae_identity,
-        dtype=next(parts.vae.parameters()).dtype,
+        dtype=dtype,
         device=accelerator.device,
         batch_size=options.vae_batch_size,
         to_disk=options.cache_latents_to_disk,
@@ -123,9 +150,7 @@ def cache(
         summed: Tensor = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum")
         return summed.tolist()
 
-    return latents.build_store(
-        data.all_samples, settings, encoder(family, parts), wait=accelerator.wait_for_everyone, total=total
-    )
+    return latents.build_store(data.all_samples, settings, encode, wait=accelerator.wait_for_everyone, total=total)
 
 
 def latents_of(family: ModelFamily, parts: Parts, batch_size: int) -> Callable[[Batch], Tensor]:
@@ -151,7 +176,7 @@ def load(
     data: Data,
     options: Options,
     run_plan: RunPlan,
-    store: LatentStore | None,
+    stores: Stores,
     family: ModelFamily,
     max_train_steps: int,
     steps_done: int = 0,
@@ -159,7 +184,7 @@ def load(
 ) -> BatchLoader:
     """Return the endless batches after steps_done, of each the part of this process (index, of how many)."""
     settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight, *process)
-    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=store)
+    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=stores.latents, texts=stores.texts)
     batches = run_plan.batches(run_plan.first_batch_of(steps_done))
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
     return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
@@ -170,12 +195,12 @@ def load_validation(
     options: Options,
     batches: Sequence[tuple[Draw, ...]],
     seed: int,
-    store: LatentStore | None,
+    stores: Stores,
     family: ModelFamily,
     max_train_steps: int,
 ) -> BatchLoader:
     """Return the batches given, of images that are held back; each pass over them gives the same."""
     settings = LoaderSettings(seed, max_train_steps)
-    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=store)
+    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=stores.latents, texts=stores.texts)
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1, len(batches))
     return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())

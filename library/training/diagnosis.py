@@ -50,4 +50,5 @@ def _named(parts: Parts) -> Iterable[tuple[str, nn.Module]]:
     yield "denoiser", parts.denoiser
     for number, encoder in enumerate(parts.text_encoders, start=1):
         yield f"text encoder {number}" if len(parts.text_encoders) > 1 else "text encoder", encoder
-    yield "VAE", parts.vae
+    if parts.vae is not None:
+        yield "VAE", parts.vae

@@ -19,6 +19,7 @@ from library.training.prompts import SamplePrompt
 from library.training.schedulers import build_scheduler, takes_generator
 
 if TYPE_CHECKING:
+    from library.cache.store import TextStore
     from library.models.family import ModelFamily, Parts
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Drawing:
     prediction_type: str = "epsilon"  # or "v_prediction"
     zero_terminal_snr: bool = False  # the noise schedule ends in pure noise
     modules: tuple[nn.Module, ...] = ()  # further ones to be in evaluation mode meanwhile: the network being trained
+    texts: TextStore | None = None  # prompts that were encoded while there were text encoders; None: there are
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Painter:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Put every model on the device and in evaluation mode; afterwards all is as it was, random states included."""
+        assert self.parts.vae is not None, "a run with previews keeps its VAE"
         models = (self.parts.denoiser, *self.parts.text_encoders, self.parts.vae)
         with ExitStack() as stack:
             stack.enter_context(random_states_kept())
@@ -69,29 +72,34 @@ class Painter:
 
     def _denoise(self, prompt: SamplePrompt, sampler: str, generator: torch.Generator) -> Tensor:
         """Return the finished latents (1, C, h, w) as the denoiser's space has them."""
-        is_guided = prompt.scale > 1
-        captions = [prompt.negative_prompt, prompt.prompt] if is_guided else [prompt.prompt]
+        captions = captions_of(prompt)
+        is_guided = len(captions) > 1
         space = self.family.latent_space
         size = (prompt.height // space.reduction, prompt.width // space.reduction)
         scheduler = build_scheduler(sampler, self.drawing.prediction_type, self.drawing.zero_terminal_snr)
         scheduler.set_timesteps(prompt.sample_steps, device=self.device)
         own_noise = {"generator": generator} if takes_generator(scheduler) else {}
         dtype = self.drawing.autocast_dtype
-        family = preview_family(self.family)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            tokens = shortest(family.tokenize(captions), family.tokenize([""])).to(self.device)
-            text = family.encode_text(self.parts, tokens)
-            batch = _batch(captions, tokens, prompt).to(self.device)
+            text = self._text(captions)
+            batch = _batch(captions, prompt).to(self.device)
             latents = torch.randn((1, space.channels, *size), generator=generator).to(self.device)
             latents = latents * scheduler.init_noise_sigma
             for timestep in scheduler.timesteps:
                 noisy = scheduler.scale_model_input(latents, timestep).expand(len(captions), -1, -1, -1)
-                output = family.predict(self.parts, noisy, timestep.expand(len(captions)), text, batch).float()
+                output = self.family.predict(self.parts, noisy, timestep.expand(len(captions)), text, batch).float()
                 if is_guided:
                     away, towards = output.chunk(2)
                     output = away + prompt.scale * (towards - away)
                 latents = scheduler.step(output, timestep, latents, return_dict=False, **own_noise)[0]
         return latents
+
+    def _text(self, captions: tuple[str, ...]) -> Any:
+        """Return what the denoiser is told of captions: as cached, or as the text encoders say now."""
+        if self.drawing.texts is None:
+            return encode_prompts(self.family, self.parts, captions, self.device)
+        outputs = self.drawing.texts.get(captions)
+        return self.family.text_of({name: tensor.to(self.device) for name, tensor in outputs.items()})
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Return the picture (1, 3, H, W) float32 on the CPU, about [-1, 1]; in the VAE's own precision."""
@@ -100,6 +108,25 @@ class Painter:
         decoded = vae.decode(self.family.latent_space.denormalise(latents).to(dtype), return_dict=False)
         pixels: Tensor = decoded[0].float().cpu()
         return pixels
+
+
+def captions_of(prompt: SamplePrompt) -> tuple[str, ...]:
+    """Return the texts that a picture needs, encoded together: what to move away from, if anything, and the prompt."""
+    return (prompt.negative_prompt, prompt.prompt) if prompt.scale > 1 else (prompt.prompt,)
+
+
+def encode_prompts(family: ModelFamily, parts: Parts, captions: Sequence[str], device: torch.device) -> Any:
+    """Return what the denoiser is told of captions, in as many windows as the longest needs.
+
+    Args:
+        family: that is trained.
+        parts: with text encoders, on the device.
+        captions: from `captions_of`.
+        device: where the text encoders are.
+    """
+    wide = preview_family(family)
+    tokens = shortest(wide.tokenize(captions), wide.tokenize([""])).to(device)
+    return wide.encode_text(parts, tokens)
 
 
 def preview_family(family: ModelFamily) -> ModelFamily:
@@ -123,14 +150,14 @@ def shortest(tokens: Tensor, empty: Tensor) -> Tensor:
     return tokens[:, :count]
 
 
-def _batch(captions: Sequence[str], tokens: Tensor, prompt: SamplePrompt) -> Batch:
+def _batch(captions: Sequence[str], prompt: SamplePrompt) -> Batch:
     """Return the batch that a training image of this size, uncropped, would come in."""
     count = len(captions)
     sizes = torch.tensor([[prompt.height, prompt.width]]).expand(count, 2)
     return Batch(
         names=("preview",) * count,
         captions=tuple(captions),
-        tokens=tokens,
+        tokens=None,
         images=None,
         latents=None,
         masks=None,

@@ -24,6 +24,7 @@ from library.training import (
     distribution,
     fused,
     hub,
+    loading,
     loop,
     optimizers,
     reporting,
@@ -31,6 +32,7 @@ from library.training import (
     saving,
     schedules,
     state,
+    text_cache,
     trackers,
     trainee,
 )
@@ -114,9 +116,9 @@ def carry_out(setting: Setting) -> bool:
     hashes = None
     if accelerator.is_main_process:  # the only one that saves
         hashes = Hashes.start(options.model.pretrained_model_name_or_path or "", options.model.vae)
-    parts, store = assembly.load(setting)
-    reporter = reporting.start(setting, store)
-    run = assembly.assemble(setting, parts, store, hashes)
+    loaded = loading.load(setting)
+    reporter = reporting.start(setting, loaded.latents)
+    run = assembly.assemble(setting, loaded, hashes)
     log.info(
         "training: %d steps, %d epochs of %d batches, accumulated over %d",
         setting.max_train_steps,
@@ -130,7 +132,7 @@ def carry_out(setting: Setting) -> bool:
         is_complete = loop.train(run)
     except LossError as error:
         model = options.model.pretrained_model_name_or_path or ""
-        raise LossError(diagnosis.explained(str(error), parts, model, checked.precision.mixed)) from None
+        raise LossError(diagnosis.explained(str(error), loaded.parts, model, checked.precision.mixed)) from None
     reporter.write(run, is_complete=is_complete)
     accelerator.wait_for_everyone()  # the first process may still be writing
     return is_complete
@@ -171,6 +173,8 @@ def check(options: Options, family: ModelFamily) -> Checked:
     if options.caching.cache_latents_to_disk:
         cache_dir = Path(options.caching.cache_dir) if options.caching.cache_dir else None
         latents.check_writable(data.all_samples, family.name, cache_dir)
+    if options.caching.cache_text_encoder_outputs:
+        text_cache.check(data, prompts, options.caching, family.name)
     # over one weight: finds what only the optimizer's and the schedule's own code can tell
     schedules.rehearse(options.schedule, optimizers.rehearse(options.optimizer))
     fused.check(options.optimizer)

@@ -72,7 +72,9 @@ class Step(nn.Module):
         return replace(noised, **{field.name: getattr(noised, field.name)[share.rows] for field in fields(noised)})
 
     def encode_text(self, batch: Batch) -> Any:
-        """Return what the denoiser is told of a batch's captions."""
+        """Return what the denoiser is told of a batch's captions: as cached, or as the text encoders say now."""
+        if batch.text is not None:
+            return self.family.text_of(batch.text)
         assert batch.tokens is not None, "the loader of a run tokenizes"
         return self.family.encode_text(self.parts, batch.tokens)
 
@@ -104,8 +106,7 @@ class Step(nn.Module):
         Of the whole batch, where only a part may ask for it: to pick that part, the device would have to be waited for.
         """
         assert self.untrained is not None, "only a trainee that can be switched off has images to preserve"
-        assert batch.tokens is not None, "the loader of a run tokenizes"
         with torch.no_grad(), self.untrained():
-            text = self.family.encode_text(self.parts, batch.tokens)
+            text = self.encode_text(batch)
             output = self.family.predict(self.parts, noised.noisy, noised.timesteps, text, batch)
         return self.objective.compare(output, noised).prediction

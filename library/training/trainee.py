@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -210,7 +210,10 @@ def create(
         dtypes: of the trained weights, and of those in files (None: as trained).
         device: where to train.
     """
-    models = _models(family, parts)
+    # Without those that are not to be adapted, as they may have been let go: a network that made layers for them, to
+    # drop these at once, would have drawn other weights for the denoiser.
+    is_text_adapted = not options.network_train_unet_only
+    models = _models(family, parts if is_text_adapted else replace(parts, text_encoders=()))
     arguments = network_arguments(options.network_args)
     if options.dim_from_weights and options.network_weights:
         network, _ = plugin.create_from_weights(module, models, options.network_weights, arguments)
@@ -219,15 +222,14 @@ def create(
             module, models, options.network_dim, options.network_alpha, options.network_dropout, arguments
         )
     is_unet_trained = not options.network_train_text_encoder_only
-    is_text_trained = not options.network_train_unet_only
-    plugin.apply(network, models, is_text_trained, is_unet_trained)
+    plugin.apply(network, models, is_text_adapted, is_unet_trained)
     if options.network_weights:
         outcome: Any = network.load_weights(options.network_weights)  # type: ignore[operator]
         log.info("network weights: %s (%s)", options.network_weights, outcome)
     network.to(device=device, dtype=dtypes[0])
     plugin.prepare_gradients(network, models)
     rates = options.text_encoder_lr if options.text_encoder_lr else (learning_rate,)
-    return NetworkTrainee(network, models, options, learning_rate, is_text_trained and any(rates), dtypes[1], device)
+    return NetworkTrainee(network, models, options, learning_rate, is_text_adapted and any(rates), dtypes[1], device)
 
 
 def merge_base_weights(module: ModuleType, options: NetworkOptions, family: ModelFamily, parts: Parts) -> None:

@@ -19,6 +19,8 @@ REFERENCE: dict[str, dict[str, Any]] = json.loads((DATA / "options_train_network
 FOREIGN: dict[str, dict[str, Any]] = json.loads((DATA / "options_other_scripts.json").read_text("utf-8"))
 
 NEW = {"cache_dir", "missing_mask", "report"}  # sd-scripts has no such option
+# sd-scripts has these for SDXL and SD3 only; here they are for all.
+NEW |= {"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size"}
 ELSEWHERE = {each.name: each.declared for each in (*REFUSED, *IGNORED, *GRANTED)}
 DECLARED = {**all_declared(), CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from library.models import float8
 from library.models.family import Parts
+from library.training.assembly import Setting
 
 HALF = ("--mixed_precision", "bf16")
 
@@ -22,16 +23,16 @@ def config(tmp_path: Path, pictures: Pictures) -> Path:
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Parts]:
     """The models of every run in the test, in their order, as they were after it."""
-    from library.training import assembly
+    from library.training import loading
 
     seen: list[Parts] = []
-    settle = assembly.settle_weights
+    settle = loading.settle_weights
 
-    def watched(setting: assembly.Setting, parts: Parts) -> None:
+    def watched(setting: Setting, parts: Parts) -> None:
         settle(setting, parts)
         seen.append(parts)
 
-    monkeypatch.setattr(assembly, "settle_weights", watched)
+    monkeypatch.setattr(loading, "settle_weights", watched)
     return seen
 
 

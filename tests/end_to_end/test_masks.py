@@ -185,12 +185,15 @@ def masks_of(family: Family, argv: list[str], num_batches: int) -> list[torch.Te
     made, parts = family.load()
     data = training_data.read(options, made.bucket_step_multiple)
     plan = training_data.make_plan(data, options, 7, 1)
-    store = None
+    stores = training_data.Stores()
     if options.caching.cache_latents:
         from accelerate import Accelerator
 
-        store = training_data.cache(data, options.caching, made, parts, "vae", Accelerator(cpu=True))
-    batches = iter(training_data.load(data, options, plan, store, made, num_batches))
+        encode = training_data.encoder(made, lambda: parts)
+        accelerator = Accelerator(cpu=True)
+        found = training_data.cache(data, options.caching, made.name, encode, torch.float32, "vae", accelerator)
+        stores = training_data.Stores(found)
+    batches = iter(training_data.load(data, options, plan, stores, made, num_batches))
     return [next(batches).masks for _ in range(num_batches)]
 
 

@@ -236,9 +236,9 @@ def test_an_option_of_another_script_may_hold_its_value_behind_an_equals_sign():
 
 
 def test_a_key_of_another_script_is_warned_about_in_a_config_file_unless_it_is_off(config):
-    found = read(config("cache_text_encoder_outputs = true\nno_token_padding = false\n"))
+    found = read(config("blocks_to_swap = 3\nno_token_padding = false\n"))
     (warning,) = found.warnings
-    assert "cache_text_encoder_outputs has no effect: train_network does not use it" in warning
+    assert "blocks_to_swap has no effect: train_network does not use it" in warning
 
 
 def test_parse_sends_the_warnings_to_the_log(caplog: pytest.LogCaptureFixture):

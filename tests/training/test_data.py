@@ -55,5 +55,6 @@ def test_the_vae_takes_vae_batch_size_pictures_at_a_time_while_caching(size, bat
     options = options_of(argv, "--cache_latents", "--vae_batch_size", size)
     family = Counting()
     data = training_data.read(options, 64)
-    training_data.cache(data, options.caching, family, PARTS, "vae", Accelerator(cpu=True))
+    encode = training_data.encoder(family, lambda: PARTS)
+    training_data.cache(data, options.caching, "sd", encode, torch.float32, "vae", Accelerator(cpu=True))
     assert sorted(family.batches, reverse=True) == batches

@@ -153,7 +153,8 @@ def test_the_mean_weight_is_the_same_from_files_and_from_a_cache(argv) -> None:
     from library.models.family import Parts
 
     parts = Parts(torch.nn.Identity(), (), torch.nn.Linear(1, 1))
-    store = training_data.cache(data, options.caching, Grey(), parts, "vae", Accelerator(cpu=True))
+    encode = training_data.encoder(Grey(), lambda: parts)
+    store = training_data.cache(data, options.caching, "sd", encode, torch.float32, "vae", Accelerator(cpu=True))
     assert reporting.mean_weight(data, None) == pytest.approx(0.2)
     assert reporting.mean_weight(data, store) == pytest.approx(0.2)
 

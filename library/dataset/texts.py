@@ -1,0 +1,81 @@
+"""Samples and the text cache: which captions can be drawn, and where their entries stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from library import whole_file
+from library.cache import text
+from library.cache.text import Key
+from library.dataset import captions
+from library.dataset.config import DatasetConfig
+from library.dataset.scan import Sample
+from library.errors import DataError, OptionError
+
+# What makes other captions of the same tags without end.
+ENDLESS = ("shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate")
+MOST_CAPTIONS = 1000  # of one image: wildcards multiply
+
+
+def refuse_uncacheable(configs: Iterable[DatasetConfig]) -> None:
+    """Raise OptionError if a subset wants a new caption at each draw; for --cache_text_encoder_outputs."""
+    for config in configs:
+        for subset in config.subsets:
+            for name in ENDLESS:
+                if getattr(subset, name):
+                    raise OptionError(
+                        f"--cache_text_encoder_outputs: {name} is on for {subset.source}, but captions that are "
+                        "encoded before training cannot change from draw to draw. Leave out one of the two."
+                    )
+
+
+def captions_of(samples: Iterable[Sample]) -> dict[str, Path]:
+    """Return every caption that can be drawn, in order, and the folder of the first image that has it.
+
+    Raises: DataError for a caption whose wildcards make too many.
+    """
+    found: dict[str, Path] = {}
+    for sample in samples:
+        drawn = list(islice(captions.every(sample.captions, sample.subset), MOST_CAPTIONS + 1))
+        if len(drawn) > MOST_CAPTIONS:
+            raise DataError(
+                f"{sample.path}: the wildcards of its caption make more than {MOST_CAPTIONS} captions, which are too "
+                "many for --cache_text_encoder_outputs. Leave it out, or use fewer wildcards."
+            )
+        for caption in drawn:
+            found.setdefault(caption, sample.path.parent)
+    return found
+
+
+def places_of(folders: dict[Key, Path], family: str, cache_dir: Path | None) -> dict[Key, Path]:
+    """Return where the entry of each text stands: in a folder beside the images, or in cache_dir.
+
+    Args:
+        folders: each text once, with the folder of the images it goes with.
+        family: "sd": outputs of different families do not meet.
+        cache_dir: None for beside the images.
+    """
+    return {
+        key: text.entry_path(text.entry_folder(cache_dir or folder, family), key) for key, folder in folders.items()
+    }
+
+
+def check_writable(places: Iterable[Path]) -> None:
+    """Find out, before any model is loaded, whether entries that are missing can be written.
+
+    Raises: DataError; a folder that cannot be written to is no error while it has all the entries.
+    """
+    seen: set[Path] = set()
+    for entry in places:
+        if entry.parent in seen or entry.exists():
+            continue
+        seen.add(entry.parent)
+        try:
+            whole_file.check_writable(entry.parent)
+        except OSError as error:
+            raise DataError(
+                f"{entry.parent}: the text cache cannot be written there ({error.strerror or error}). "
+                "Name another folder for it with --cache_dir."
+            ) from None
