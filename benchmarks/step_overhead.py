@@ -29,7 +29,7 @@ from library.dataset.latents import LatentSettings
 from library.dataset.loader import DrawnImages, LoaderSettings, make_loader
 from library.models.sd import Sd
 from library.options import read_training
-from library.training import assembly, loop
+from library.training import assembly, loading, loop
 from library.training import data as training_data
 from library.training import run as training_run
 from library.training.trackers import Trackers
@@ -126,8 +126,7 @@ def make_run(model: Path, folder: Path, *, is_masked: bool, to_disk: bool, steps
     epochs = training_data.make_plan(checked.data, options, 1, 1)
     told = Trackers(accelerator, checked.tracker_names)
     setting = assembly.Setting(options, family, checked, accelerator, epochs, steps, time.time(), told, uploads=None)
-    parts, store = assembly.load(setting)
-    return assembly.assemble(setting, parts, store, None)
+    return assembly.assemble(setting, loading.load(setting), None)
 
 
 def measure_run(run: loop.Run) -> list[dict[str, float]]:

@@ -94,6 +94,10 @@ def test_values_find_their_groups():
     assert options.training.seed == 3
 
 
+def test_a_text_cache_on_disk_is_a_text_cache():
+    assert CachingOptions(cache_text_encoder_outputs_to_disk=True).cache_text_encoder_outputs
+
+
 def test_a_cache_on_disk_is_a_cache():
     assert CachingOptions(cache_latents_to_disk=True).cache_latents
 
