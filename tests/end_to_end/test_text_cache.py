@@ -14,6 +14,7 @@ from end_to_end.training_runs import (
     arguments,
     differing,
     draw_pictures,
+    launch,
     picture,
     save,
     subset,
@@ -131,10 +132,8 @@ def test_previews_validation_and_preserved_pictures_are_as_without_the_cache(
     config = write_toml(
         tmp_path / "d.toml",
         subset(photos.photos, validation_split=0.5, validation_seed=1),
-        subset(photos.cutouts, alpha_mask=True),
+        subset(photos.cutouts, alpha_mask=True, **{"custom_attributes.diff_output_preservation": True}),
     )
-    preserving = "custom_attributes = {diff_output_preservation = true}\n"
-    config.write_text(config.read_text(encoding="utf-8") + preserving, encoding="utf-8")
     more = ("--sample_prompts", prompts, "--sample_every_n_steps", 3, "--validate_every_n_steps", 2)
     tag = "loss/validation/step_average"
     plain = train(config, *UNET_ONLY, *more, name="plain")
@@ -162,6 +161,27 @@ def test_what_is_merged_into_the_text_encoder_is_in_its_outputs(train: Train, co
     for name in ("first", "second"):
         assert not differing(train(config, *merged, ON_DISK, name=name).tensors, plain.tensors)
     assert differing(train(config, *UNET_ONLY, ON_DISK, name="without").tensors, plain.tensors)
+
+
+def test_processes_share_the_captions_and_train_as_one(family: Family, photos: Pictures, tmp_path: Path) -> None:
+    """Five captions: one process encodes three of them, the other two; batches hold images of both."""
+    for i in range(3):
+        save(photos.photos, f"more{i}", picture(30 + i), f"more, {i}")
+    cache = (*UNET_ONLY, ON_DISK, "--optimizer_type", "SGD", "--cache_dir")
+    for name, batch_size in {"two": 2, "one": 4}.items():
+        config = write_toml(tmp_path / f"{name}.toml", subset(photos.photos), batch_size=batch_size, resolution=128)
+        argv = arguments(family, tmp_path / name, config, *cache, tmp_path / f"cache-{name}")
+        if name == "one":
+            assert family.run(*argv) == 0
+            continue
+        assert "text: 0 entries up to date, 5 encoded" in launch(family, 2, argv, tmp_path)
+        assert "text: 5 entries up to date, 0 encoded" in launch(family, 2, argv, tmp_path)
+    files = [{path.name for path in (tmp_path / f"cache-{name}").rglob("*.safetensors")} for name in ("two", "one")]
+    assert files[0] == files[1]
+    two, one = (tensors_of(tmp_path / name / "out" / "lora.safetensors") for name in ("two", "one"))
+    largest = max(float((two[name].float() - one[name].float()).abs().max()) for name in one)
+    moved = max(float(tensor.float().abs().max()) for name, tensor in one.items() if "lora_up" in name)
+    assert largest < 1e-4 * moved
 
 
 # ---- what is loaded --------------------------------------------------------------------------------------------
@@ -214,6 +234,25 @@ def test_nobody_holds_the_text_encoders_and_the_vae_while_training(
     train(config, *UNET_ONLY, IN_MEMORY, "--cache_latents")
     assert let_go
     assert alive == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("size", "batches"), [((), [2, 2, 1]), (("--text_encoder_batch_size", 3), [3, 2])])
+def test_the_text_encoders_take_as_many_captions_at_a_time_as_told(
+    size, batches: list[int], train: Train, photos: Pictures, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        save(photos.photos, f"more{i}", picture(30 + i), f"more, {i}")
+    made, _ = family.load()
+    encode, seen = type(made).encode_text, []
+
+    def counting(self, parts, tokens):
+        seen.append(len(tokens))
+        return encode(self, parts, tokens)
+
+    monkeypatch.setattr(type(made), "encode_text", counting)
+    config = write_toml(photos.photos / "d.toml", subset(photos.photos))
+    train(config, *UNET_ONLY, IN_MEMORY, *size)
+    assert seen == batches
 
 
 # ---- what makes an entry stale ---------------------------------------------------------------------------------
