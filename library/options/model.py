@@ -37,7 +37,7 @@ class ModelOptions:
         False, "Read (word:1.2), (word) and [word] in captions as weights of the words' embeddings."
     )
     no_half_vae: bool = option(False, "Run the VAE in float32 whatever --mixed_precision says.")
-    lowram: bool = option(False, "Leave the VAE on the GPU after --cache_latents, to spare main memory.")
+    lowram: bool = option(False, "Leave a VAE that previews need on the GPU after --cache_latents: spares main memory.")
 
     def __post_init__(self) -> None:
         """Check the values; 75 tokens are what unset means."""

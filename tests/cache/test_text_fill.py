@@ -1,5 +1,9 @@
 import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +118,34 @@ def test_a_run_that_is_killed_goes_on_where_it_was(places):
     with pytest.raises(KeyboardInterrupt):
         fill(survey(places, SETTINGS), Killed())
     assert survey(places, SETTINGS).missing == (KEYS[4],)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from library.cache import text
+print("begun", flush=True)
+outputs = {"hidden": torch.ones(1000, 1000)}
+for number in range(10**6):
+    key = (str(number % 5),)
+    text.write(text.entry_path(Path(sys.argv[1]), key), outputs, text.fingerprint_of(key, "encoder", torch.float32))
+"""
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_whole_entries_or_none(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(0.2)
+        writer.kill()
+    keys = [(str(number),) for number in range(5)]
+    states = [
+        text.judge(text.entry_path(tmp_path, key), text.fingerprint_of(key, "encoder", torch.float32)) for key in keys
+    ]
+    assert text.State.FRESH in states
+    assert set(states) <= {text.State.FRESH, text.State.MISSING}
 
 
 @pytest.mark.parametrize(("dtype", "remedy"), [(torch.float16, "--mixed_precision bf16"), (torch.float32, "damaged")])

@@ -199,7 +199,10 @@ def test_without_loader_processes_none_is_started(train, config, processes) -> N
 
 
 @pytest.mark.parametrize(("more", "moves"), [((), 1), (("--lowram",), 0)])
-def test_the_vae_leaves_the_gpu_after_caching_unless_memory_is_low(more, moves, train, config, monkeypatch) -> None:
+def test_the_vae_leaves_the_gpu_after_caching_unless_memory_is_low(
+    more, moves, train, config, monkeypatch, tmp_path: Path
+) -> None:
+    """It waits for the previews; without them it is let go."""
     from diffusers import AutoencoderKL
 
     places: list[str] = []
@@ -210,7 +213,12 @@ def test_the_vae_leaves_the_gpu_after_caching_unless_memory_is_low(more, moves, 
         return move(vae, *where, **how)
 
     monkeypatch.setattr(AutoencoderKL, "to", noted)
-    train(config, "--cache_latents", "--max_train_steps", 1, *more)
+    train(config, "--cache_latents", "--max_train_steps", 1, *more, name="plain")
+    assert places == []
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1\n", encoding="utf-8")
+    previews = ("--sample_prompts", prompts, "--sample_every_n_epochs", 9)
+    train(config, "--cache_latents", "--max_train_steps", 1, *previews, *more, name="previews")
     assert places == ["cpu"] * moves
 
 

@@ -184,6 +184,13 @@ def test_processes_share_the_captions_and_train_as_one(family: Family, photos: P
     assert largest < 1e-4 * moved
 
 
+def test_text_encoders_that_are_let_go_are_never_in_float8(train: Train, config: Path) -> None:
+    half = (*UNET_ONLY, "--mixed_precision", "bf16")
+    plain = train(config, *half, "--fp8_base_unet", name="plain")
+    cached = train(config, *half, "--fp8_base", ON_DISK, name="cached")
+    assert not differing(cached.tensors, plain.tensors)
+
+
 # ---- what is loaded --------------------------------------------------------------------------------------------
 
 
@@ -335,4 +342,15 @@ def test_what_cannot_be_encoded_before_training_is_refused_before_a_model_is_loa
     assert family.run(*arguments(family, tmp_path, config, IN_MEMORY, *more)) == 2
     errors = capfd.readouterr().err
     assert words in errors
+    assert "loaded" not in errors
+
+
+def test_captions_without_end_are_refused_before_a_model_is_loaded(
+    family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "images", "many", picture(1), " ".join(["{a|b|c|d}"] * 6))
+    config = write_toml(tmp_path / "d.toml", subset(tmp_path / "images", enable_wildcard=True))
+    assert family.run(*arguments(family, tmp_path, config, IN_MEMORY, "--network_train_unet_only")) == 2
+    errors = capfd.readouterr().err
+    assert "many.png: the wildcards of its caption make more than 1000" in errors
     assert "loaded" not in errors

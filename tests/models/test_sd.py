@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.models import clip
+from library.errors import CheckpointError
+from library.models import clip, clip_tokens
 from library.models.family import ModelFamily
 from library.models.sd import Sd
 from tests.tiny_models import tiny_sd15, tiny_sd15_folder, tiny_sd21, tiny_sd21_folder
@@ -208,3 +209,61 @@ def test_a_vae_in_another_precision_is_another_vae(tmp_path):
     halved = {name: tensor.half() for name, tensor in load_file(tiny_sd15()).items()}
     save_file(halved, tmp_path / "half.safetensors")
     assert Sd().vae_identity(str(tmp_path / "half.safetensors"), None) != Sd().vae_identity(str(tiny_sd15()), None)
+
+
+# ---- what identifies a text encoder ----------------------------------------------------------------------------
+
+
+def test_whatever_decides_what_captions_become_is_in_the_text_identity(tmp_path):
+    place = str(tiny_sd15())
+    own = tmp_path / "tokenizers" / "openai_clip-vit-large-patch14"
+    clip_tokens.write_vocabulary(own, clip_tokens.shipped_vocabulary())
+    same = [Sd(), Sd(clip_skip=1), Sd(max_token_length=75), Sd(tokenizer_cache_dir=str(own.parent))]
+    assert len({family.text_identity(place) for family in same}) == 1
+    shipped = clip_tokens.shipped_vocabulary()
+    shorter = clip_tokens.Vocabulary(shipped.ids, shipped.merges[:1000])
+    clip_tokens.write_vocabulary(tmp_path / "others" / own.name, shorter)
+    others = [Sd(clip_skip=2), Sd(max_token_length=150), Sd(weighted_captions=True)]
+    others += [Sd(tokenizer_cache_dir=str(tmp_path / "others"))]
+    assert len({family.text_identity(place) for family in [Sd(), *others]}) == 5
+
+
+def test_a_text_encoder_is_the_same_in_a_file_and_a_folder_and_other_weights_are_another(tmp_path):
+    identity = Sd().text_identity(str(tiny_sd15()))
+    assert Sd().text_identity(str(tiny_sd15_folder())) == identity
+    tensors = load_file(tiny_sd15())
+    torch.save({"state_dict": tensors}, tmp_path / "pickled.ckpt")
+    assert Sd().text_identity(str(tmp_path / "pickled.ckpt")) == identity
+    old_names = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in tensors.items()}
+    assert old_names.keys() != tensors.keys()
+    save_file(old_names, tmp_path / "old.safetensors")
+    assert Sd().text_identity(str(tmp_path / "old.safetensors")) == identity
+    name = "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias"
+    save_file({**tensors, name: tensors[name] + 1}, tmp_path / "other.safetensors")
+    assert Sd().text_identity(str(tmp_path / "other.safetensors")) != identity
+
+
+def test_the_text_encoder_of_sd2_has_its_identity_and_the_wrong_version_is_refused():
+    assert Sd(v2=True).text_identity(str(tiny_sd21())) == Sd(v2=True).text_identity(str(tiny_sd21()))
+    assert Sd(v2=True).text_identity(str(tiny_sd21_folder()))
+    with pytest.raises(CheckpointError, match="--v2"):
+        Sd().text_identity(str(tiny_sd21()))
+
+
+def test_a_file_without_text_encoder_has_no_text_identity(tmp_path):
+    tensors = {name: t for name, t in load_file(tiny_sd15()).items() if not name.startswith("cond_stage_model")}
+    save_file(tensors, tmp_path / "bare.safetensors")
+    with pytest.raises(CheckpointError, match="text encoder"):
+        Sd().text_identity(str(tmp_path / "bare.safetensors"))
+
+
+def test_models_loaded_one_by_one_are_those_loaded_together(parts):
+    place = str(tiny_sd15())
+    alone = (
+        Sd().load_denoiser(place, torch.float32),
+        *Sd().load_text_encoders(place, torch.float32),
+        Sd().load_vae(place, None, torch.float32),
+    )
+    for one, other in zip(alone, (parts.denoiser, *parts.text_encoders, parts.vae), strict=True):
+        weights = other.state_dict()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in one.state_dict().items())
