@@ -184,6 +184,28 @@ def test_processes_share_the_captions_and_train_as_one(family: Family, photos: P
     assert largest < 1e-4 * moved
 
 
+def test_a_model_of_a_folder_trains_the_same_network_however_much_of_it_is_loaded(
+    train: Train, config: Path, family: Family
+) -> None:
+    options = (*UNET_ONLY, "--pretrained_model_name_or_path", family.folder())
+    plain = train(config, *options, name="plain")
+    for name in ("first", "second"):
+        assert not differing(train(config, *options, ON_DISK, name=name).tensors, plain.tensors)
+
+
+@pytest.mark.parametrize(
+    "module", [("networks.dylora", "unit=2"), ("networks.oft", ""), ("lycoris.kohya", "algo=locon")], ids=lambda m: m[0]
+)
+def test_other_networks_train_the_same_with_captions_encoded_before(module, train: Train, config: Path) -> None:
+    name, arguments = module
+    pytest.importorskip(name.partition(".")[0])
+    options = (*UNET_ONLY, "--network_module", name, "--network_dim", 4)
+    options += ("--network_args", arguments) if arguments else ()
+    plain = train(config, *options, name="plain")
+    for run in ("first", "second"):
+        assert not differing(train(config, *options, ON_DISK, name=run).tensors, plain.tensors)
+
+
 def test_text_encoders_that_are_let_go_are_never_in_float8(train: Train, config: Path) -> None:
     half = (*UNET_ONLY, "--mixed_precision", "bf16")
     plain = train(config, *half, "--fp8_base_unet", name="plain")
