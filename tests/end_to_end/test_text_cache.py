@@ -321,11 +321,6 @@ def test_another_text_encoder_makes_the_cache_stale_and_another_unet_does_not(
         assert encoded("--pretrained_model_name_or_path", other) == number
 
 
-def test_the_text_encoder_of_a_folder_is_that_of_the_file(encoded: Encoded, family: Family) -> None:
-    assert encoded() == 2
-    assert encoded("--pretrained_model_name_or_path", family.folder()) == 0
-
-
 def test_what_is_damaged_is_encoded_again_and_unchecked_entries_are_taken(
     encoded: Encoded, photos: Pictures, train: Train, config: Path
 ) -> None:
