@@ -142,7 +142,7 @@ def warn_of_surplus(stored: Iterable[str], targets: Sequence[LoraTarget], origin
 
 def targets_of(text_encoder: Any, unet: Any) -> Sequence[LoraTarget]:
     """Return the modules that can be adapted, for a caller from outside; a trainee hands in its family's targets."""
-    from library.models.sd import lora_targets_of
+    from library.models import lora_targets
 
     text_encoders = text_encoder if isinstance(text_encoder, (list, tuple)) else [text_encoder]
-    return tuple(lora_targets_of(text_encoders, unet))
+    return tuple(lora_targets.of(text_encoders, unet))

@@ -53,6 +53,8 @@ class LoraTarget:
     group: str  # "unet" or "text_encoder": which learning rate applies
     kind: str  # "attention" (inside transformer blocks or CLIP layers) or "resnet" (needs conv_dim)
     block: int | None  # position in block_dims / block lr weights; None for text encoders
+    encoder: int = 0  # which of several text encoders it belongs to, for their learning rates
+    alias: str | None = None  # another name that files may have it under
 
 
 class ModelFamily(Protocol):
@@ -67,6 +69,10 @@ class ModelFamily(Protocol):
     @property
     def base_model_version(self) -> str:
         """The name of the base model in the metadata of files, "sd_v1"."""
+
+    @property
+    def leaves_text_layers_out(self) -> bool:
+        """Whether the last of a text encoder's layers have no part in what `encode_text` returns."""
 
     def objective(self, noise: NoiseOptions, loss: LossOptions) -> Objective:
         """Return how latents are noised, and what the denoiser's output is compared with."""
