@@ -106,8 +106,9 @@ class LoraFace:
             CheckpointError: the file is no LoRA, or none of it belongs to the model.
         """
         origin, tensors = tensors_of(file, weights_sd)
-        stored = files.modules_in(tensors, origin)
         chosen = targets_of(text_encoder, unet) if targets is None else targets
+        tensors = files.renamed(tensors, chosen)
+        stored = files.modules_in(tensors, origin)
         warn_of_surplus(stored, chosen, origin)
         wanted = self._settings_beside_file(kwargs, chosen)
         network = LoraNetwork(chosen, wanted, multiplier, stored, self.layers_for(kwargs, None))

@@ -13,7 +13,15 @@ from library.options import config_file
 from library.options.checks import check_options
 from library.options.declare import Parser, declared, parser
 from library.options.groups import GROUPS, Options, all_declared, build_all
-from library.options.reference import FRONT_END_KEYS, GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED
+from library.options.reference import (
+    FRONT_END_KEYS,
+    GRANTED,
+    IGNORED,
+    IGNORED_BY_SCRIPT,
+    OTHER_SCRIPTS,
+    REFUSED,
+    REFUSED_BY_SCRIPT,
+)
 from library.options.values import Declared, convert
 
 log = logging.getLogger(__name__)
@@ -98,7 +106,7 @@ def read_command_line(
         from_file, file_warnings = _read_config(config_file.path_of(file), known, script)
         values = {**from_file, **values}
         warnings += file_warnings
-    warnings += _without_reader(values)
+    warnings += _without_reader(values, script)
     options = build_all(values)
     if is_writing:
         path = config_file.path_of(file)
@@ -163,7 +171,7 @@ def _read_config(path: Path, known: Mapping[str, Declared], script: str) -> tupl
     return values, warnings
 
 
-def _without_reader(values: Mapping[str, Any]) -> list[str]:
+def _without_reader(values: Mapping[str, Any], script: str) -> list[str]:
     """Return warnings about options that are ignored.
 
     Raises: OptionError for one that is refused.
@@ -171,11 +179,16 @@ def _without_reader(values: Mapping[str, Any]) -> list[str]:
     for each in REFUSED:
         if values.get(each.name, each.default) not in (each.default, 0):  # programs that fill in forms write 0 for off
             raise OptionError(f"--{each.name} cannot be used: {each.reason}. Leave it out.")
-    return [
+    for name, reason in REFUSED_BY_SCRIPT.get(script, {}).items():
+        if values.get(name):
+            raise OptionError(f"--{name} cannot be used with {script}.py: {reason}. Leave it out.")
+    ignored = [
         f"--{each.name} has no effect: {each.reason}"
         for each in IGNORED
         if values.get(each.name, each.default) != each.default
     ]
+    idle = IGNORED_BY_SCRIPT.get(script, {}).items()
+    return ignored + [f"--{name} has no effect: {reason}" for name, reason in idle if values.get(name)]
 
 
 def _unknown_argument(unknown: Sequence[str], known: Mapping[str, Declared]) -> str:
