@@ -37,7 +37,7 @@ class Kind:
 
 CLIP_L = Kind("openai_clip-vit-large-patch14", END_WORD, EOS)
 OPENCLIP_H = Kind("stabilityai_stable-diffusion-2", "!", 0)
-OPENCLIP_G = Kind("laion_CLIP-ViT-bigG-14-laion2B-39B-b160k", "!", 0)
+OPENCLIP_G = Kind("laion_CLIP-ViT-bigG-14-laion2B-39B-b160k", END_WORD, 0)  # "!" stays a word as any other
 
 
 @dataclass(frozen=True)

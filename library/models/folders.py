@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,34 @@ def model_folder(name: str, own: recognition.Kind = recognition.SD) -> Path:
     return folder
 
 
-def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_denoiser(folder: Path, dtype: torch.dtype, *, is_mapped: bool = True) -> nn.Module:
     """Return the U-Net of a diffusers folder."""
     from diffusers import UNet2DConditionModel
 
     plain = any((folder / "unet").glob(f"{DENOISER_WEIGHTS}[.-][!f]*"))  # one file, or the first of several
     try:
-        denoiser: Any = UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype, variant=None if plain else "fp16", local_files_only=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # diffusers leaves it to Python to close a file it read
+            denoiser: Any = UNet2DConditionModel.from_pretrained(
+                folder,
+                subfolder="unet",
+                torch_dtype=dtype,
+                variant=None if plain else "fp16",
+                local_files_only=True,
+                disable_mmap=not is_mapped,
+            )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: its U-Net cannot be loaded ({_first_line(error)}).") from error
     return denoiser.requires_grad_(False).eval()
 
 
 def load_text_encoder(
-    folder: Path, dtype: torch.dtype, part: str = "text_encoder", *, has_projection: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    part: str = "text_encoder",
+    *,
+    has_projection: bool = False,
+    is_mapped: bool = True,
 ) -> nn.Module:
     """Return a text encoder of a diffusers folder, whichever transformers wrote its names.
 
@@ -72,6 +85,7 @@ def load_text_encoder(
         dtype: of the weights in memory.
         part: the text encoder's folder in it.
         has_projection: whether it also makes a pooled text.
+        is_mapped: whether its file is mapped into memory.
 
     Raises:
         CheckpointError: weights or configuration are missing or do not fit.
@@ -84,7 +98,7 @@ def load_text_encoder(
         config = CLIPTextConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{place}: config.json cannot be read ({_first_line(error)}).") from error
-    return clip.build(open_tensors(weights), dtype, config, has_projection=has_projection)
+    return clip.build(open_tensors(weights, is_mapped=is_mapped), dtype, config, has_projection=has_projection)
 
 
 def vae_file(name: str) -> Path:

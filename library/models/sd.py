@@ -38,6 +38,7 @@ class Sd:
     name = "sd"
     latent_space = LatentSpace(channels=4, scale=SCALE)
     bucket_step_multiple = 64  # the U-Net halves latents three times
+    preview_side = 512
     other_networks = recognition.other_networks(recognition.SD)
 
     @classmethod

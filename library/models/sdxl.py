@@ -38,6 +38,7 @@ class Sdxl:
     max_token_length: int | None = None  # None and 75: one window; 150: two; 225: three
     weighted_captions: bool = False
     tokenizer_cache_dir: str | None = None
+    maps_files: bool = True  # whether model files are mapped into memory; otherwise read
 
     name = "sdxl"
     latent_space = LatentSpace(channels=4, scale=SCALE)
@@ -56,6 +57,7 @@ class Sdxl:
             max_token_length=model.max_token_length,
             weighted_captions=model.weighted_captions,
             tokenizer_cache_dir=model.tokenizer_cache_dir,
+            maps_files=not model.disable_mmap_load_safetensors,
         )
 
     # ---- files -------------------------------------------------------------------------------------------------
@@ -74,10 +76,10 @@ class Sdxl:
             CheckpointError: says what is wrong with the file and what to do.
         """
         if folders.is_file(checkpoint):
-            denoiser, text_encoders = _load_file(Path(checkpoint), dtype)
+            denoiser, text_encoders = _load_file(Path(checkpoint), dtype, self.maps_files)
         else:
-            denoiser, text_encoders = _load_folder(checkpoint, dtype)
-        vae_file = open_tensors(folders.vae_file(vae_path or checkpoint))
+            denoiser, text_encoders = _load_folder(checkpoint, dtype, self.maps_files)
+        vae_file = open_tensors(folders.vae_file(vae_path or checkpoint), is_mapped=self.maps_files)
         return Parts(denoiser, text_encoders, vae.build(vae_file, vae_dtype or dtype))
 
     def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
@@ -172,9 +174,9 @@ class Sdxl:
         unet.set_attention(parts.denoiser, kind)
 
 
-def _load_file(path: Path, dtype: torch.dtype) -> tuple[nn.Module, tuple[nn.Module, nn.Module]]:
+def _load_file(path: Path, dtype: torch.dtype, is_mapped: bool) -> tuple[nn.Module, tuple[nn.Module, nn.Module]]:
     """Return the U-Net and the text encoders of a checkpoint in the original layout."""
-    file = open_tensors(path)
+    file = open_tensors(path, is_mapped=is_mapped)
     recognition.check(file, recognition.SDXL)
     first, second = (Prefixed(file, prefix) for prefix in clip_layout.SDXL_PREFIXES)
     if not first.shapes and has_prefix(file, "conditioner.embedders.0.model."):
@@ -184,7 +186,9 @@ def _load_file(path: Path, dtype: torch.dtype) -> tuple[nn.Module, tuple[nn.Modu
     return unet.build(Prefixed(file, unet_layout.PREFIX), True, dtype, pooled_width=pooled_width), text_encoders
 
 
-def _load_folder(checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[nn.Module, nn.Module]]:
+def _load_folder(
+    checkpoint: str, dtype: torch.dtype, is_mapped: bool
+) -> tuple[nn.Module, tuple[nn.Module, nn.Module]]:
     """Return the U-Net and the text encoders of a diffusers folder or hub id."""
     folder = folders.model_folder(checkpoint, recognition.SDXL)
     if not (folder / "text_encoder").is_dir() or not (folder / "text_encoder_2").is_dir():
@@ -192,9 +196,11 @@ def _load_folder(checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[
             f"{folder}: has no two text encoders, so it is not SDXL's base model. "
             "Give a folder with text_encoder and text_encoder_2."
         )
-    first = folders.load_text_encoder(folder, dtype)
-    second = folders.load_text_encoder(folder, dtype, "text_encoder_2", has_projection=True)
-    return folders.load_denoiser(folder, dtype), (first, second)
+    first = folders.load_text_encoder(folder, dtype, is_mapped=is_mapped)
+    second = folders.load_text_encoder(
+        folder, dtype, "text_encoder_2", has_projection=True, is_mapped=is_mapped
+    )
+    return folders.load_denoiser(folder, dtype, is_mapped=is_mapped), (first, second)
 
 
 def original_tensors(parts: Parts) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def read_command_line(
     Raises: OptionError for a wrong command line or config file.
     """
     argv, warnings = _without_other_scripts(argv, script)
-    made = _parser(prog, description, shown)
+    made = _parser(prog, description, shown, script)
     if add_own is not None:
         add_own(made)
     namespace, unknown = made.parse_known_args(argv)
@@ -120,10 +120,12 @@ def _known() -> dict[str, Declared]:
     return {**all_declared(), **elsewhere, CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}
 
 
-def _parser(prog: str, description: str, shown: Mapping[str, type]) -> Parser:
+def _parser(prog: str, description: str, shown: Mapping[str, type], script: str) -> Parser:
     listed = {each.name for group in shown.values() for each in declared(group)}
-    hidden = [each for name, each in _known().items() if name not in {*listed, CONFIG_FILE.name, OUTPUT_CONFIG.name}]
-    return parser(prog, description, shown, plain=(CONFIG_FILE, OUTPUT_CONFIG), hidden=hidden)
+    left_out = {name for name in _known() if _is_of_other_script(name, script)}
+    apart = {*listed, *left_out, CONFIG_FILE.name, OUTPUT_CONFIG.name}
+    hidden = [each for name, each in _known().items() if name not in apart]
+    return parser(prog, description, shown, plain=(CONFIG_FILE, OUTPUT_CONFIG), hidden=hidden, left_out=left_out)
 
 
 def _without_other_scripts(argv: Sequence[str], script: str) -> tuple[list[str], list[str]]:
@@ -159,11 +161,11 @@ def _read_config(path: Path, known: Mapping[str, Declared], script: str) -> tupl
         where = f"{path}: {name}"
         if name in (CONFIG_FILE.name, OUTPUT_CONFIG.name):
             warnings.append(f"{where} has no effect in a config file")
-        elif name in known:
-            values[name] = convert(known[name], raw, where)
         elif _is_of_other_script(name, script):
             if raw not in (False, "", 0):
                 warnings.append(_other_script_warning(where, name, script))
+        elif name in known:
+            values[name] = convert(known[name], raw, where)
         elif name in FRONT_END_KEYS:
             warnings.append(f"{where} has no effect: no script has this option")
         else:

@@ -75,7 +75,16 @@ SD21_V = replace(
     architecture="stable-diffusion-v2-768-v/lora",
     switches=("v2", "v_parameterization"),
 )
-FAMILIES = (SD15,)  # every test of whole runs; test_sd2.py tells what differs in the others
+SDXL = Family(
+    script="sdxl_train_network",
+    place="library.models.sdxl:Sdxl",
+    checkpoint=tiny_models.tiny_sdxl,
+    folder=tiny_models.tiny_sdxl_folder,
+    base_model_version="sdxl_base_v1-0",
+    architecture="stable-diffusion-xl-v1-base/lora",
+    keys="lora_keys_sdxl.json.gz",
+)
+FAMILIES = (SD15, SDXL)  # every test of whole runs; test_sd2.py tells what differs in the others
 
 
 @dataclass(frozen=True)
