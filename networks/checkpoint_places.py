@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from library.errors import CheckpointError
+from library.models import recognition
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix
 from library.models.clip import OPENCLIP_LAYERS
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
-from library.models import recognition
 
 PROJECTIONS = (".proj_in", ".proj_out")  # Linear in some files and 1x1 convolutions in others; always 4-D in LoRA files
 

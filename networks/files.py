@@ -79,7 +79,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def renamed(tensors: Mapping[str, Tensor], targets: Iterable[LoraTarget]) -> dict[str, Tensor]:
     """Return a file's tensors with those that go by a target's alias under its name."""
     names = {target.alias: target.name for target in targets if target.alias is not None}
-    split = ((stem, dot + rest, tensor) for name, tensor in tensors.items() for stem, dot, rest in [name.partition(".")])
+    split = (
+        (stem, dot + rest, tensor) for name, tensor in tensors.items() for stem, dot, rest in [name.partition(".")]
+    )
     return {names.get(stem, stem) + rest: tensor for stem, rest, tensor in split}
 
 

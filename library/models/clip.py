@@ -18,9 +18,7 @@ OPENCLIP_LAYERS = 24  # OpenCLIP ViT-H as SD 2.x carries it whole; trainers writ
 HEAD_WIDTH = 64  # of every CLIP text encoder that SD uses
 
 
-def build(
-    file: TensorSource, dtype: torch.dtype, config: Any = None, *, has_projection: bool = False
-) -> nn.Module:
+def build(file: TensorSource, dtype: torch.dtype, config: Any = None, *, has_projection: bool = False) -> nn.Module:
     """Return a text encoder with the weights of a file in transformers' layout.
 
     Args:

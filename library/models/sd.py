@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from library.options.noise import NoiseOptions
 
 SCALE = 0.18215  # v1-inference.yaml and v2-inference.yaml, scale_factor
+
+
 @dataclass(frozen=True)
 class Sd:
     """The SD 1.x / 2.x family: how its files are loaded and its models called."""

@@ -186,9 +186,7 @@ def _load_file(path: Path, dtype: torch.dtype, is_mapped: bool) -> tuple[nn.Modu
     return unet.build(Prefixed(file, unet_layout.PREFIX), True, dtype, pooled_width=pooled_width), text_encoders
 
 
-def _load_folder(
-    checkpoint: str, dtype: torch.dtype, is_mapped: bool
-) -> tuple[nn.Module, tuple[nn.Module, nn.Module]]:
+def _load_folder(checkpoint: str, dtype: torch.dtype, is_mapped: bool) -> tuple[nn.Module, tuple[nn.Module, nn.Module]]:
     """Return the U-Net and the text encoders of a diffusers folder or hub id."""
     folder = folders.model_folder(checkpoint, recognition.SDXL)
     if not (folder / "text_encoder").is_dir() or not (folder / "text_encoder_2").is_dir():
@@ -197,9 +195,7 @@ def _load_folder(
             "Give a folder with text_encoder and text_encoder_2."
         )
     first = folders.load_text_encoder(folder, dtype, is_mapped=is_mapped)
-    second = folders.load_text_encoder(
-        folder, dtype, "text_encoder_2", has_projection=True, is_mapped=is_mapped
-    )
+    second = folders.load_text_encoder(folder, dtype, "text_encoder_2", has_projection=True, is_mapped=is_mapped)
     return folders.load_denoiser(folder, dtype, is_mapped=is_mapped), (first, second)
 
 

@@ -61,7 +61,12 @@ IGNORED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
 # Keys that graphical front ends write into config files, though no script has such an option.
 FRONT_END_KEYS = frozenset({"epoch", "noise_offset_type"})
 
-_SDXL, _SD3, _SDXL_AND_SD3, _DB = ("sdxl_train_network",), ("sd3_train_network",), ("sdxl_train_network", "sd3_train_network"), ("train_db",)
+_SDXL, _SD3, _SDXL_AND_SD3, _DB = (
+    ("sdxl_train_network",),
+    ("sd3_train_network",),
+    ("sdxl_train_network", "sd3_train_network"),
+    ("train_db",),
+)
 
 # Options of the other scripts -> which scripts, and whether a value follows.
 OTHER_SCRIPTS: Mapping[str, tuple[tuple[str, ...], bool]] = {

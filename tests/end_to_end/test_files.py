@@ -89,7 +89,9 @@ def test_diffusers_gives_our_own_forward_with_the_file_of_a_run(plain_run: Train
 @torch.no_grad()
 def outputs_of_diffusers(pipeline, caption: str, noisy: torch.Tensor, timesteps: torch.Tensor):
     """Return what diffusers' models make of the caption, and of noise; of a picture of 64 pixels, not cropped."""
-    states, _, *pooled = pipeline.encode_prompt(caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    states, _, *pooled = pipeline.encode_prompt(
+        caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
     if not pooled:
         return states, pipeline.unet(noisy, timesteps, states).sample
     ids = torch.tensor([[64, 64, 0, 0, 64, 64]])

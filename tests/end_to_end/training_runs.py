@@ -42,6 +42,10 @@ class Family:
     # in the layer before
     last_layers: tuple[str, str] = tuple(f"lora_te_text_model_encoder_layers_{index}_" for index in (11, 10))
     is_last_layer_read: bool = True
+    text_groups: tuple[str, ...] = ("te",)  # how names of text encoders' modules begin after lora_
+    text_prefix: str = "cond_stage_model"  # of a text encoder in a checkpoint
+    idle: tuple[str, ...] = ()  # options that other families have, and this one warns about
+    right: tuple[str, ...] = ()  # cases of test_wrong_input.py that are no mistakes with this family
     lacks: str = "$^"  # a pattern for the keys of modules that the tiny checkpoint has fewer of than the true one
     switches: tuple[str, ...] = ()  # options that say which model of the family it is
     resolution: int = 64
@@ -93,6 +97,10 @@ SDXL = Family(
     pipeline="StableDiffusionXLPipeline",
     last_layers=("lora_te1_text_model_encoder_layers_2_", "lora_te1_text_model_encoder_layers_1_"),
     is_last_layer_read=False,
+    text_groups=("te1", "te2"),
+    text_prefix="conditioner.embedders.0",
+    idle=("--clip_skip",),
+    right=("checkpoint of SDXL", "network of SDXL", "layers that are not there"),
     lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|_transformer_blocks_[2-9]_"
     r"|_(input_blocks_[45]|output_blocks_[345])_1_transformer_blocks_1_",
 )

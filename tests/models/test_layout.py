@@ -1,13 +1,12 @@
 import pytest
 import torch
 
-from library.models import clip, unet, vae
+from library.models import clip, lora_targets, unet, vae
 from library.models.checkpoint import build_on_meta
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
 from library.models.layout import vae as vae_layout
 from library.models.layout.keys import KeyTable
-from library.models import lora_targets
 from tests.models.reference import Shapes, base_keys, full_size, read
 
 

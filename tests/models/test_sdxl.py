@@ -75,7 +75,9 @@ def test_both_texts_and_the_pooled_text_are_those_of_diffusers_pipeline(parts, p
 @torch.no_grad()
 def test_the_prediction_is_that_of_diffusers_pipeline(parts, pipeline):
     text = Sdxl().encode_text(parts, Sdxl().tokenize(CAPTIONS))
-    ids = pipeline._get_add_time_ids((900, 1600), (0, 52), (64, 96), torch.float32, parts.text_encoders[1].config.projection_dim)
+    ids = pipeline._get_add_time_ids(
+        (900, 1600), (0, 52), (64, 96), torch.float32, parts.text_encoders[1].config.projection_dim
+    )
     noisy, timesteps = draw(2, 4, 8, 12), torch.tensor([7, 900])
     theirs = pipeline.unet(
         noisy,
@@ -286,7 +288,9 @@ def test_another_vae_is_used_where_one_is_given():
 
 @pytest.mark.parametrize("checkpoint", [tiny_sd15, tiny_sd15_folder])
 def test_another_familys_model_names_its_script(checkpoint):
-    with pytest.raises(CheckpointError, match=r"is a Stable Diffusion 1.x or 2.x model. Train it with train_network.py"):
+    with pytest.raises(
+        CheckpointError, match=r"is a Stable Diffusion 1.x or 2.x model. Train it with train_network.py"
+    ):
         load(checkpoint=checkpoint())
 
 

@@ -185,9 +185,7 @@ def _attention_depths(blocks: UNetBlocks) -> Iterator[tuple[str, int]]:
     yield "mid_block.attentions.0", blocks.depths[-1]
 
 
-def _position(
-    position: str, block: int, places: Mapping[str, str], depths: Mapping[str, int]
-) -> Iterator[LoraPath]:
+def _position(position: str, block: int, places: Mapping[str, str], depths: Mapping[str, int]) -> Iterator[LoraPath]:
     """Yield the modules at a position of the original layout, if it is a block at all."""
     attentions = [name for name in (position, f"{position}.1") if depths.get(places.get(name, ""))]
     resnet = position if position.startswith("middle_block") else f"{position}.0"
