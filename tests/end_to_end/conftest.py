@@ -7,7 +7,7 @@ import pytest
 from end_to_end.training_runs import FAMILIES, Family, Pictures, Trained, arguments, draw_pictures, subset, write_toml
 
 Train = Callable[..., Trained]
-# Files whose tests look at what a family does; those of the others pass through it, and are slow with all but the first.
+# Files whose tests look at what a family does. Those of the others pass through it: slow with all but the first.
 OF_EVERY_FAMILY = (
     "test_files",
     "test_masks",

@@ -1,4 +1,4 @@
-"""Names of CLIP text encoders: transformers' (SD 1.x) and OpenCLIP's (SD 2.x), in SDXL both, and the order of their LoRA modules."""
+"""Names of CLIP text encoders: transformers' (SD 1.x) and OpenCLIP's (SD 2.x; SDXL has both), and of LoRA modules."""
 
 from __future__ import annotations
 

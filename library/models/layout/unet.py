@@ -163,13 +163,12 @@ def original_lora_paths(blocks: UNetBlocks) -> Iterator[LoraPath]:
     That is the order of the original layout: position by position, each position's resnet before its attention.
     """
     places = dict(unet_table(blocks).pairs)
-    num_inputs = len(blocks.depths) * (blocks.layers + 1)  # conv_in and, between levels, a downsampler
-    num_outputs = len(blocks.depths) * (blocks.layers + 1)
-    depths = {library: depth for library, depth in _attention_depths(blocks)}
+    num_positions = len(blocks.depths) * (blocks.layers + 1)  # in: conv_in, and a downsampler between two levels
+    depths = dict(_attention_depths(blocks))
     for part, first_block, count in (
-        ("input_blocks", 1, num_inputs),
+        ("input_blocks", 1, num_positions),
         ("middle_block", ORIGINAL_MID, 3),
-        ("output_blocks", ORIGINAL_UP, num_outputs),
+        ("output_blocks", ORIGINAL_UP, num_positions),
     ):
         for position in range(count):
             yield from _position(f"{part}.{position}", first_block + position, places, depths)
