@@ -122,7 +122,7 @@ def make_run(model: Path, folder: Path, *, is_masked: bool, to_disk: bool, steps
     options = read_training(words, "train_network").options
     family = Sd.from_options(options)
     checked = training_run.check(options, family)
-    accelerator = training_run.make_accelerator(options, checked)
+    accelerator = training_run.make_accelerator(options, checked, family)
     epochs = training_data.make_plan(checked.data, options, 1, 1)
     told = Trackers(accelerator, checked.tracker_names)
     setting = assembly.Setting(options, family, checked, accelerator, epochs, steps, time.time(), told, uploads=None)

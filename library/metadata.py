@@ -148,7 +148,9 @@ def training_metadata(options: Any, dataset: DatasetFacts, run: RunFacts) -> dic
         run: the run itself.
     """
     values: dict[str, Any] = {key: attrgetter(place)(options) for key, place in FROM_OPTIONS.items()}
+    rates = options.network.text_encoder_lr
     values |= {
+        "ss_text_encoder_lr": None if rates is None else list(rates),
         "ss_session_id": run.session_id,
         "ss_training_started_at": run.started_at,
         "ss_sd_scripts_commit_hash": commit_hash(),

@@ -115,14 +115,13 @@ class AdapterNetwork(nn.Module, ABC):
         does not count them.
 
         Args:
-            text_encoder_lr: one rate, or several of which the first counts; None: default_lr.
+            text_encoder_lr: one rate, or one for each text encoder, the last for all further ones; None: default_lr.
             unet_lr: None: default_lr.
             default_lr: --learning_rate.
         """
-        if isinstance(text_encoder_lr, Sequence):
-            text_encoder_lr = text_encoder_lr[0] if text_encoder_lr else None
+        rates = tuple(text_encoder_lr) if isinstance(text_encoder_lr, Sequence) else (text_encoder_lr,)
         groups = self._parameter_groups(
-            default_lr if text_encoder_lr is None else text_encoder_lr,
+            [default_lr if rate is None else rate for rate in rates or (None,)],
             default_lr if unet_lr is None else unet_lr,
         )
         for group in groups:
@@ -167,7 +166,7 @@ class AdapterNetwork(nn.Module, ABC):
         Raises:
             CheckpointError: a shape does not fit, or no name does.
         """
-        tensors = files.read(file)
+        tensors = files.renamed(files.read(file), (layer.target for layer in self.layers))
         own = self.state_dict()
         known = {name: files.fitted(tensor, own[name].shape) for name, tensor in tensors.items() if name in own}
         if not known:
@@ -208,7 +207,8 @@ class AdapterNetwork(nn.Module, ABC):
             dtype: the results are rounded to it before they go into the model; None: only to the model's own type.
             device: to compute on; None: where each weight is.
         """
-        stored = self._stored_in(weights_sd, TO_MERGE)
+        named = files.renamed(weights_sd, (layer.target for layer in self.layers))
+        stored = self._stored_in(named, TO_MERGE)
         by_name = {layer.target.name: layer.target for layer in self.layers}
         files.warn_of_names(TO_MERGE, "modules that this model does not have, ignored", sorted(stored.keys() - by_name))
         for name in stored.keys() & by_name.keys():
@@ -224,7 +224,9 @@ class AdapterNetwork(nn.Module, ABC):
             weight.copy_(total if dtype is None else total.to(dtype))
 
     @abstractmethod
-    def _parameter_groups(self, text_encoder_lr: float | None, unet_lr: float | None) -> list[ParameterGroup]:
+    def _parameter_groups(
+        self, text_encoder_lrs: Sequence[float | None], unet_lr: float | None
+    ) -> list[ParameterGroup]:
         """Return the group of every weight that could learn."""
 
     @abstractmethod

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from library.errors import CheckpointError
+from library.models import recognition
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix
 from library.models.clip import OPENCLIP_LAYERS
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
-from library.models.sd import OTHER_FAMILIES
 
 PROJECTIONS = (".proj_in", ".proj_out")  # Linear in some files and 1x1 convolutions in others; always 4-D in LoRA files
 
@@ -50,9 +50,9 @@ def places(file: TensorSource, v2: bool) -> dict[str, Place]:
 
 
 def _check(file: TensorSource, v2: bool) -> None:
-    for part, kind, _ in OTHER_FAMILIES:
-        if any(part in name for name in file.shapes):
-            raise CheckpointError(f"{file.path}: is {kind}. This command is for Stable Diffusion 1.x and 2.x.")
+    for kind in recognition.KINDS:
+        if kind != recognition.SD and any(part in name for name in file.shapes for part in kind.parts):
+            raise CheckpointError(f"{file.path}: is {kind.model}. This command is for Stable Diffusion 1.x and 2.x.")
     if any(name.endswith(".lora_down.weight") for name in file.shapes):
         raise CheckpointError(f"{file.path}: is a LoRA file, where a whole model is needed.")
     if not has_prefix(file, unet_layout.PREFIX):
@@ -97,7 +97,7 @@ def _unet_places(file: TensorSource) -> Iterator[tuple[str, Place]]:
     except KeyError as error:
         raise CheckpointError(f"{file.path}: the U-Net lacks {error}. The file is incomplete.") from None
     table = unet_layout.unet_table(blocks)
-    for entry in unet_layout.lora_paths(layers=blocks.layers, levels=len(blocks.attention)):
+    for entry in unet_layout.lora_paths(layers=blocks.layers, levels=len(blocks.depths)):
         key = table.to_original(f"{entry.path}.weight")
         if key is not None and key in shapes:
             is_projection = entry.path.endswith(PROJECTIONS)

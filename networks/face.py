@@ -106,8 +106,9 @@ class LoraFace:
             CheckpointError: the file is no LoRA, or none of it belongs to the model.
         """
         origin, tensors = tensors_of(file, weights_sd)
-        stored = files.modules_in(tensors, origin)
         chosen = targets_of(text_encoder, unet) if targets is None else targets
+        tensors = files.renamed(tensors, chosen)
+        stored = files.modules_in(tensors, origin)
         warn_of_surplus(stored, chosen, origin)
         wanted = self._settings_beside_file(kwargs, chosen)
         network = LoraNetwork(chosen, wanted, multiplier, stored, self.layers_for(kwargs, None))
@@ -142,7 +143,7 @@ def warn_of_surplus(stored: Iterable[str], targets: Sequence[LoraTarget], origin
 
 def targets_of(text_encoder: Any, unet: Any) -> Sequence[LoraTarget]:
     """Return the modules that can be adapted, for a caller from outside; a trainee hands in its family's targets."""
-    from library.models.sd import lora_targets_of
+    from library.models import lora_targets
 
     text_encoders = text_encoder if isinstance(text_encoder, (list, tuple)) else [text_encoder]
-    return tuple(lora_targets_of(text_encoders, unet))
+    return tuple(lora_targets.of(text_encoders, unet))

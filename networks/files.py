@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from library.errors import CheckpointError
 from library.metadata import with_hashes
+from library.models.family import LoraTarget
 from library.whole_file import whole_file
 from networks import merging
 
@@ -73,6 +74,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"{path}: holds no tensors by name, so it is not a LoRA file.")
     return loaded
+
+
+def renamed(tensors: Mapping[str, Tensor], targets: Iterable[LoraTarget]) -> dict[str, Tensor]:
+    """Return a file's tensors with those that go by a target's alias under its name."""
+    names = {target.alias: target.name for target in targets if target.alias is not None}
+    split = (
+        (stem, dot + rest, tensor) for name, tensor in tensors.items() for stem, dot, rest in [name.partition(".")]
+    )
+    return {names.get(stem, stem) + rest: tensor for stem, rest, tensor in split}
 
 
 def write(

@@ -76,8 +76,10 @@ class LoraNetwork(AdapterNetwork):
         limited = norms * ratios
         return (ratios < 1).sum(), limited.mean(), limited.max()
 
-    def _parameter_groups(self, text_encoder_lr: float | None, unet_lr: float | None) -> list[ParameterGroup]:
-        return parameter_groups(self.layers, self.settings, text_encoder_lr, unet_lr)
+    def _parameter_groups(
+        self, text_encoder_lrs: Sequence[float | None], unet_lr: float | None
+    ) -> list[ParameterGroup]:
+        return parameter_groups(self.layers, self.settings, text_encoder_lrs, unet_lr)
 
     def _stored_in(self, tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, StoredModule]:
         return files.modules_in(tensors, origin)

@@ -56,7 +56,9 @@ class Settings:
 class OftNetwork(AdapterNetwork):
     """A rotation of the outputs of many modules of a U-Net."""
 
-    def _parameter_groups(self, text_encoder_lr: float | None, unet_lr: float | None) -> list[ParameterGroup]:
+    def _parameter_groups(
+        self, text_encoder_lrs: Sequence[float | None], unet_lr: float | None
+    ) -> list[ParameterGroup]:
         return [ParameterGroup("unet", tuple(self.parameters()), unet_lr)]
 
     def _stored_in(self, tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, StoredRotation]:

@@ -26,19 +26,21 @@ class ParameterGroup:
 
 
 def parameter_groups(
-    layers: Sequence[LoraLayer], settings: Settings, text_encoder_lr: float | None, unet_lr: float | None
+    layers: Sequence[LoraLayer],
+    settings: Settings,
+    text_encoder_lrs: Sequence[float | None],
+    unet_lr: float | None,
 ) -> list[ParameterGroup]:
     """Return every weight's group: text encoders, then the U-Net, whole or one per block in order of appearance.
 
     Args:
         layers: of the network.
         settings: for the block weights and LoRA+.
-        text_encoder_lr: rate of the text encoders; None: not trained.
+        text_encoder_lrs: rate of each text encoder, the last of all further ones; None: not trained.
         unet_lr: rate of the U-Net, before block weights.
     """
-    text_encoder = [layer for layer in layers if layer.target.group != "unet"]
     unet = [layer for layer in layers if layer.target.group == "unet"]
-    groups = _split(text_encoder, "textencoder", text_encoder_lr, settings.lora_plus.text_encoder)
+    groups = _of_text_encoders(layers, settings, text_encoder_lrs)
     if settings.lr_weights is None:
         return groups + _split(unet, "unet", unet_lr, settings.lora_plus.unet)
     by_block: dict[int | None, list[LoraLayer]] = {}
@@ -48,6 +50,25 @@ def parameter_groups(
         lr = None if unet_lr is None else unet_lr * settings.lr_weight(members[0].target)
         groups += _split(members, f"unet_block{0 if block is None else block}", lr, settings.lora_plus.unet)
     return groups
+
+
+def _of_text_encoders(
+    layers: Sequence[LoraLayer], settings: Settings, rates: Sequence[float | None]
+) -> list[ParameterGroup]:
+    """Return one group for all text encoders, or one each where their rates differ."""
+    text = [layer for layer in layers if layer.target.group != "unet"]
+    by_encoder: dict[int, list[LoraLayer]] = {}
+    for layer in text:
+        by_encoder.setdefault(layer.target.encoder, []).append(layer)
+    rate_of = {encoder: rates[min(encoder, len(rates) - 1)] for encoder in by_encoder}
+    ratio = settings.lora_plus.text_encoder
+    if len(set(rate_of.values())) <= 1:
+        return _split(text, "textencoder", next(iter(rate_of.values()), None), ratio)
+    return [
+        group
+        for encoder, members in by_encoder.items()
+        for group in _split(members, f"textencoder {encoder + 1}", rate_of[encoder], ratio)
+    ]
 
 
 def _split(layers: Sequence[LoraLayer], name: str, lr: float | None, ratio: float | None) -> list[ParameterGroup]:

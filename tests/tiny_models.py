@@ -4,10 +4,12 @@ import functools
 import tempfile
 from pathlib import Path
 
+from examples.embedded_model import sdxl
 from examples.embedded_model.make import Size, write, write_diffusers
 
 SD15 = Size(unet=(64, 32, 64, 64), vae=(32, 64, 32, 32), text=32)
 SD21 = Size(unet=(64, 32, 64, 64), vae=(32, 64, 32, 32), text=32, text_layers=23, v2=True)
+SDXL = sdxl.SdxlSize(unet=(32, 64, 64), vae=(32, 64, 32, 32), text=(32, 48))
 
 
 @functools.cache
@@ -37,3 +39,15 @@ def tiny_sd15_folder() -> Path:
 def tiny_sd21_folder() -> Path:
     """Return the diffusers folder of the same model as `tiny_sd21`. Do not change the files."""
     return write_diffusers(Path(_folder().name) / "sd21", precision="float", size=SD21)
+
+
+@functools.cache
+def tiny_sdxl() -> Path:
+    """Return a tiny SDXL checkpoint in the original layout, float32. Do not change the file."""
+    return sdxl.write(Path(_folder().name) / "sdxl.safetensors", precision="float", size=SDXL)
+
+
+@functools.cache
+def tiny_sdxl_folder() -> Path:
+    """Return the diffusers folder of the same model as `tiny_sdxl`. Do not change the files."""
+    return sdxl.write_diffusers(Path(_folder().name) / "sdxl", precision="float", size=SDXL)

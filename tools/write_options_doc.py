@@ -12,13 +12,21 @@ if str(ROOT) not in sys.path:
 
 from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG  # noqa: E402
 from library.options.declare import declared  # noqa: E402
-from library.options.groups import GROUPS  # noqa: E402
-from library.options.reference import GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED, Elsewhere  # noqa: E402
+from library.options.groups import GROUPS, all_declared  # noqa: E402
+from library.options.reference import (  # noqa: E402
+    GRANTED,
+    IGNORED,
+    IGNORED_BY_SCRIPT,
+    OTHER_SCRIPTS,
+    REFUSED,
+    REFUSED_BY_SCRIPT,
+    Elsewhere,
+)
 from library.options.values import Declared  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "options.md"
 
-INTRODUCTION = """# Options of train_network.py
+INTRODUCTION = """# Options of the training scripts
 
 *Written by `python tools/write_options_doc.py`; do not edit by hand.*
 
@@ -44,6 +52,11 @@ These are accepted with a warning.
 | option | why |
 |---|---|"""
 
+BY_SCRIPT_HEADING = """## Options that a script cannot carry out
+
+| script | option | what comes of it |
+|---|---|---|"""
+
 GRANTED_HEADING = """## Options that are always on
 
 What these ask for is always done. They are accepted without a word.
@@ -67,8 +80,10 @@ def render() -> str:
         parts.append(_table(title, (group.__doc__ or "").strip(), declared(group)))
     parts.append("\n".join([REFUSED_HEADING, *map(_reason_row, REFUSED), ""]))
     parts.append("\n".join([IGNORED_HEADING, *map(_reason_row, IGNORED), ""]))
+    parts.append("\n".join([BY_SCRIPT_HEADING, *_rows_by_script(), ""]))
     parts.append("\n".join([GRANTED_HEADING, *map(_reason_row, GRANTED), ""]))
-    others = [f"| `--{name}` | {', '.join(scripts)} |" for name, (scripts, _) in OTHER_SCRIPTS.items()]
+    elsewhere = {name: scripts for name, (scripts, _) in OTHER_SCRIPTS.items() if name not in all_declared()}
+    others = [f"| `--{name}` | {', '.join(scripts)} |" for name, scripts in elsewhere.items()]
     parts.append("\n".join([OTHER_SCRIPTS_HEADING, *others, ""]))
     return "\n".join(parts)
 
@@ -92,7 +107,16 @@ def _row(each: Declared) -> str:
         default = ""
     else:
         default = f"`{str(each.default).lower() if each.element is bool else each.default}`"
-    return f"| `{each.flag}` | {kind} | {default} | {_escaped(each.help + limits)} |"
+    scripts = OTHER_SCRIPTS.get(each.name, ((),))[0]  # that alone have this option
+    only = f" Only {' and '.join(scripts)}." if scripts else ""
+    return f"| `{each.flag}` | {kind} | {default} | {_escaped(each.help + limits + only)} |"
+
+
+def _rows_by_script() -> Iterable[str]:
+    for table, outcome in ((REFUSED_BY_SCRIPT, "refused"), (IGNORED_BY_SCRIPT, "ignored with a warning")):
+        for script, reasons in table.items():
+            for name, reason in reasons.items():
+                yield f"| {script} | `--{name}` | {outcome}: {_escaped(reason)} |"
 
 
 def _reason_row(each: Elsewhere) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import pickle
@@ -24,6 +25,20 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SHOWN_KEYS = 3
 SAMPLED_ROWS = 8  # of each tensor's first axis, for a fingerprint
 REMAP_BYTES = 2**28
+STORED_DTYPES = {  # safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class TensorSource(Protocol):
@@ -73,6 +88,36 @@ class SafetensorsFile:
         return self._file.get_slice(name)[start:stop]
 
 
+class UnmappedFile:
+    """A safetensors file of which each tensor is read when it is asked for, without mapping the file."""
+
+    def __init__(self, path: Path) -> None:
+        mapped = SafetensorsFile(path)  # checks the header, which is all that is touched
+        self.path, self.shapes = path, mapped.shapes
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            self._header: Mapping[str, Any] = json.loads(file.read(header_bytes))
+        self._start = 8 + header_bytes
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor, in memory of its own."""
+        return self.rows(name, 0, self.shapes[name][0] if self.shapes[name] else 1)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows start to stop."""
+        first, last = self._header[name]["data_offsets"]
+        shape = self.shapes[name]
+        row_bytes = (last - first) // max(1, shape[0] if shape else 1)
+        content = bytearray((stop - start) * row_bytes)
+        with self.path.open("rb") as file:
+            file.seek(self._start + first + start * row_bytes)
+            file.readinto(content)
+        dtype = STORED_DTYPES[self._header[name]["dtype"]]
+        if not content:
+            return torch.empty((stop - start, *shape[1:]), dtype=dtype)
+        return torch.frombuffer(content, dtype=dtype).reshape((stop - start, *shape[1:]) if shape else ())
+
+
 class PickledFile:
     """A torch checkpoint (.ckpt, .pt, .bin); only tensors and plain containers are unpickled."""
 
@@ -115,8 +160,12 @@ def _unpickle(path: Path) -> Any:
         ) from error
 
 
-def open_tensors(path: Path) -> TensorSource:
+def open_tensors(path: Path, *, is_mapped: bool = True) -> TensorSource:
     """Return the file's tensors, by its suffix.
+
+    Args:
+        path: of a model file.
+        is_mapped: whether a safetensors file is mapped into memory; otherwise tensors are read one by one.
 
     Raises:
         CheckpointError: no such file, an unknown suffix, or not readable.
@@ -124,7 +173,7 @@ def open_tensors(path: Path) -> TensorSource:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Check the path.")
     if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
+        return SafetensorsFile(path) if is_mapped else UnmappedFile(path)
     if path.suffix in PICKLED:
         return PickledFile(path)
     known = ", ".join((".safetensors", *PICKLED))

@@ -1,7 +1,8 @@
-"""Gradient checkpointing whose checkpoints wait in main memory."""
+"""Gradient checkpointing, also with checkpoints that wait in main memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,3 +23,23 @@ def offloaded(block: nn.Module, *inputs: Any) -> Any:
     is_on_gpu = any(isinstance(each, Tensor) and each.is_cuda for each in inputs)
     with save_on_cpu(pin_memory=is_on_gpu):
         return checkpoint(block.__call__, *inputs, use_reentrant=False)
+
+
+def enable(denoiser: nn.Module, text_encoders: Iterable[nn.Module], *, is_offloaded: bool) -> None:
+    """Trade time for memory: the activations of these models are computed twice.
+
+    They are put in train mode, without which transformers ignores the setting; none has dropout.
+
+    Args:
+        denoiser: a model of diffusers.
+        text_encoders: models of transformers; those that are not trained need none.
+        is_offloaded: the denoiser's checkpoints wait in main memory; a text encoder's are some 100 kB each.
+    """
+    model: Any = denoiser
+    model.enable_gradient_checkpointing(offloaded if is_offloaded else None)
+    denoiser.train()
+    for text_encoder in text_encoders:
+        reader: Any = text_encoder
+        switch = getattr(reader, "activation_checkpointing_enable", None)  # its name from transformers 5 on
+        (switch or reader.gradient_checkpointing_enable)({"use_reentrant": False})
+        text_encoder.train()

@@ -19,50 +19,57 @@ OPENCLIP_LAYERS = 24  # OpenCLIP ViT-H as SD 2.x carries it whole; trainers writ
 HEAD_WIDTH = 64  # of every CLIP text encoder that SD uses
 
 
-def build(file: TensorSource, dtype: torch.dtype, config: Any = None) -> nn.Module:
+def build(file: TensorSource, dtype: torch.dtype, config: Any = None, *, has_projection: bool = False) -> nn.Module:
     """Return a text encoder with the weights of a file in transformers' layout.
 
     Args:
         file: names start at "embeddings.", or at "text_model.embeddings.".
         dtype: of the weights in memory.
-        config: transformers' CLIPTextConfig; None: SD 1.x's, with the size read from the tensors' shapes.
+        config: transformers' CLIPTextConfig; None: CLIP-L's, with the size read from the tensors' shapes.
+        has_projection: whether it also makes a pooled text.
 
     Raises:
         CheckpointError: tensors are missing or of a wrong shape.
     """
     nested = layout.NESTED if f"{layout.NESTED}{TOKEN_EMBEDDING}" in file.shapes else ""
-    module = _empty(config or _config_of(file, nested))
-    names = {name: nested + name.removeprefix(layout.NESTED) for name in module.state_dict()}
+    module = _empty(config or _config_of(file, nested), has_projection)
+    names = {
+        name: name if name == layout.PROJECTION else nested + name.removeprefix(layout.NESTED)
+        for name in module.state_dict()
+    }
     require(file, names.values(), "text encoder")
     tensors = ((name, file.read(stored)) for name, stored in names.items())
     load_onto(module, tensors, dtype, str(file.path), "text encoder")
     return module
 
 
-def build_openclip(file: TensorSource, dtype: torch.dtype) -> nn.Module:
-    """Return SD 2.x's text encoder: OpenCLIP's without its last layer, whose output SD 2.x does not use.
+def build_openclip(file: TensorSource, dtype: torch.dtype, *, has_projection: bool = False) -> nn.Module:
+    """Return OpenCLIP's text encoder: SD 2.x's without its last layer, which it does not use, or whole.
 
     Args:
         file: names start at "token_embedding.".
         dtype: of the weights in memory.
+        has_projection: whether it also makes a pooled text, for which its last layer is needed.
 
     Raises:
         CheckpointError: tensors are missing or of a wrong shape.
     """
     stored_layers = _count_layers(file, "transformer.resblocks.{}.mlp.c_fc.weight")
-    layers = stored_layers - 1 if stored_layers == OPENCLIP_LAYERS else stored_layers
+    layers = stored_layers - 1 if stored_layers == OPENCLIP_LAYERS and not has_projection else stored_layers
     first = "transformer.resblocks.0.mlp.c_fc.weight"
-    require(file, ("token_embedding.weight", "positional_embedding", first), "text encoder")
+    projection = (layout.OPENCLIP_PROJECTION,) if has_projection else ()
+    require(file, ("token_embedding.weight", "positional_embedding", first, *projection), "text encoder")
     config = _config(
         vocabulary=file.shapes["token_embedding.weight"][0],
         positions=file.shapes["positional_embedding"][0],
         fc1=file.shapes[first],
         layers=layers,
         activation="gelu",
+        projected=file.shapes[projection[0]][1] if projection else None,
     )
-    module = _empty(config)
+    module = _empty(config, has_projection)
     table = layout.openclip_table(layers)
-    names = {name: name.removeprefix(layout.NESTED) for name in module.state_dict()}
+    names = {name: name.removeprefix(layout.NESTED) for name in module.state_dict() if name != layout.PROJECTION}
     sources = {name: layout.fused_source(canonical) for name, canonical in names.items()}
     stored = {name: source[0] if source else table.to_original(names[name]) for name, source in sources.items()}
     require(file, (key for key in stored.values() if key), "text encoder")
@@ -76,6 +83,8 @@ def build_openclip(file: TensorSource, dtype: torch.dtype) -> nn.Module:
             else:
                 third = file.shapes[key][0] // 3
                 yield name, file.rows(key, source[1] * third, (source[1] + 1) * third)
+        if has_projection:
+            yield layout.PROJECTION, file.read(layout.OPENCLIP_PROJECTION).T.contiguous()
 
     load_onto(module, read(), dtype, str(file.path), "text encoder")
     return module
@@ -117,8 +126,15 @@ def _config_of(file: TensorSource, nested: str) -> Any:
     )
 
 
-def _config(vocabulary: int, positions: int, fc1: tuple[int, ...], layers: int, activation: str) -> Any:
-    """Return a CLIPTextConfig; fc1 is the (inner width, width) of the first MLP."""
+def _config(
+    vocabulary: int,
+    positions: int,
+    fc1: tuple[int, ...],
+    layers: int,
+    activation: str,
+    projected: int | None = None,
+) -> Any:
+    """Return a CLIPTextConfig; fc1 is the (inner width, width) of the first MLP, projected the pooled text's width."""
     from transformers import CLIPTextConfig
 
     inner_width, width = fc1
@@ -130,31 +146,34 @@ def _config(vocabulary: int, positions: int, fc1: tuple[int, ...], layers: int, 
         num_attention_heads=max(1, width // HEAD_WIDTH),
         max_position_embeddings=positions,
         hidden_act=activation,
-        projection_dim=width,
+        projection_dim=projected or width,
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=EOS,
     )
 
 
-def _empty(config: Any) -> nn.Module:
-    """Return a CLIPTextModel on the meta device."""
-    from transformers import CLIPTextModel
+def _empty(config: Any, has_projection: bool) -> nn.Module:
+    """Return a CLIPTextModel, or a CLIPTextModelWithProjection, on the meta device."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    return build_on_meta(lambda: CLIPTextModel(config))
+    kind = CLIPTextModelWithProjection if has_projection else CLIPTextModel
+    return build_on_meta(lambda: kind(config))
 
 
-def original_tensors(text_encoder: nn.Module, openclip: bool) -> dict[str, Tensor]:
+def original_tensors(text_encoder: nn.Module, openclip: bool, prefix: str | None = None) -> dict[str, Tensor]:
     """Return the text encoder's weights under their names in a full checkpoint.
 
     Args:
-        text_encoder: transformers' CLIPTextModel.
-        openclip: write SD 2.x's layout, q, k and v fused, instead of SD 1.x's.
+        text_encoder: transformers' CLIPTextModel, or CLIPTextModelWithProjection for OpenCLIP's layout.
+        openclip: write OpenCLIP's layout, q, k and v fused, instead of transformers'.
+        prefix: of the names; None: where SD 1.x has CLIP's and SD 2.x OpenCLIP's.
     """
+    prefix = prefix or (layout.SD2_PREFIX if openclip else layout.SD1_PREFIX)
     canonical = {name.removeprefix(layout.NESTED): tensor for name, tensor in text_encoder.state_dict().items()}
     canonical.pop("embeddings.position_ids", None)  # a counter, which old transformers count among the weights
     if not openclip:
-        return {f"{layout.SD1_PREFIX}{layout.NESTED}{name}": tensor for name, tensor in canonical.items()}
+        return {f"{prefix}{layout.NESTED}{name}": tensor for name, tensor in canonical.items()}
     model: Any = inner(text_encoder)
     table = layout.openclip_table(len(model.encoder.layers))
     written: dict[str, Tensor] = {}
@@ -162,11 +181,27 @@ def original_tensors(text_encoder: nn.Module, openclip: bool) -> dict[str, Tenso
     for name, tensor in canonical.items():
         source = layout.fused_source(name)
         if source is not None:
-            thirds.setdefault(layout.SD2_PREFIX + source[0], {})[source[1]] = tensor
+            thirds.setdefault(prefix + source[0], {})[source[1]] = tensor
+        elif name == layout.PROJECTION:
+            written[f"{prefix}{layout.OPENCLIP_PROJECTION}"] = tensor.T.contiguous()
         else:
-            written[f"{layout.SD2_PREFIX}{table.to_original(name)}"] = tensor
+            written[f"{prefix}{table.to_original(name)}"] = tensor
     fused = {name: torch.cat([parts[index] for index in range(len(parts))]) for name, parts in thirds.items()}
     return written | fused
+
+
+def join(states: Tensor, num_windows: int, weights: Tensor | None) -> Tensor:
+    """Return hidden states (B * windows, 77, D) as (B, 75 * windows + 2, D), each token's times its weight.
+
+    Args:
+        states: each window was encoded alone.
+        num_windows: of each caption.
+        weights: (B, windows, 77), without renormalising; None: all 1.
+    """
+    states = states.unflatten(0, (-1, num_windows))
+    if weights is not None:
+        states = states * weights.to(states).unsqueeze(-1)
+    return join_windows(states)
 
 
 def join_windows(states: Tensor) -> Tensor:
@@ -208,3 +243,30 @@ def hidden_states(text_encoder: nn.Module, tokens: Tensor, clip_skip: int | None
     layers = len(model.encoder.layers)
     # counted from the front: [0] is the embedding, [n] the output of layer n
     return model.final_layer_norm(outputs.hidden_states[layers + 1 - clip_skip])
+
+
+def penultimate_states(text_encoder: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the last layer but one makes of tokens (B, 77), not normed, and the last one's, normed.
+
+    Args:
+        text_encoder: transformers' CLIPTextModel or CLIPTextModelWithProjection.
+        tokens: int64.
+    Returns: both (B, 77, D).
+    """
+    model: Any = inner(text_encoder)
+    outputs = model(tokens, output_hidden_states=True)
+    return outputs.hidden_states[len(model.encoder.layers) - 1], outputs.last_hidden_state
+
+
+def pooled_text(text_encoder: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:
+    """Return the projected state (B, D) of each caption's first EOS.
+
+    Args:
+        text_encoder: transformers' CLIPTextModelWithProjection.
+        states: (B, 77, D) of the last layer, normed.
+        tokens: (B, 77) int64.
+    """
+    model: Any = text_encoder
+    ends = (tokens == EOS).int().argmax(dim=1)
+    projected: Tensor = model.text_projection(states[torch.arange(len(tokens), device=tokens.device), ends])
+    return projected

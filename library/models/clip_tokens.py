@@ -12,7 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from library.errors import CheckpointError
+from library.models.prompt_weights import parse
 from library.whole_file import whole_file
 
 BOS, EOS = 49406, 49407  # <|startoftext|>, <|endoftext|>
@@ -21,6 +25,20 @@ CONTENT = WINDOW - 2  # a window's own BOS and EOS
 START_WORD, END_WORD = "<|startoftext|>", "<|endoftext|>"
 # OpenAI CLIP's pattern: contractions, words, single digits, runs of anything else
 SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the tokenizers that share CLIP's vocabulary."""
+
+    name: str  # of its folder in --tokenizer_cache_dir
+    pad_word: str  # a word of its own wherever it stands in a caption
+    pad: int  # what fills a window after its EOS
+
+
+CLIP_L = Kind("openai_clip-vit-large-patch14", END_WORD, EOS)
+OPENCLIP_H = Kind("stabilityai_stable-diffusion-2", "!", 0)
+OPENCLIP_G = Kind("laion_CLIP-ViT-bigG-14-laion2B-39B-b160k", END_WORD, 0)  # "!" stays a word as any other
 
 
 @dataclass(frozen=True)
@@ -169,3 +187,45 @@ def weight_windows(weights: Sequence[float], num_windows: int) -> list[list[floa
         content = [1.0, *weights[CONTENT * index : CONTENT * (index + 1)]]
         result.append(content + [1.0] * (WINDOW - len(content)))
     return result
+
+
+def num_windows(max_token_length: int | None) -> int:
+    """Return how many windows of 77 tokens a caption gets; None is the 75 tokens of one."""
+    return (max_token_length or CONTENT) // CONTENT
+
+
+def tokenize(
+    captions: Sequence[str], kind: Kind, num_windows: int, *, has_weights: bool, cache_dir: str | None
+) -> Tensor:
+    """Return the captions' tokens, (B, windows, 77) int64.
+
+    With weights (B, windows, 2, 77) float32: the tokens, which float32 holds exactly, and their weights.
+
+    Args:
+        captions: with weights read as `prompt_weights.parse` does.
+        kind: which tokenizer.
+        num_windows: 1, 2 or 3.
+        has_weights: whether brackets in captions are weights.
+        cache_dir: --tokenizer_cache_dir.
+    """
+    encode = tokenizer(cache_dir, kind.name, kind.pad_word).encode_batch
+    if not has_weights:
+        encoded = encode(list(captions), add_special_tokens=False)
+        return torch.tensor([windows(entry.ids, num_windows, kind.pad) for entry in encoded])
+    rows = []
+    for caption in captions:
+        pieces = parse(caption)
+        encoded = encode([text for text, _ in pieces], add_special_tokens=False)
+        ids = [token for entry in encoded for token in entry.ids]
+        weights = [weight for entry, (_, weight) in zip(encoded, pieces, strict=True) for _ in range(len(entry.ids))]
+        tokens = windows(ids, num_windows, kind.pad)
+        factors = weight_windows(weights, num_windows)
+        rows.append(torch.stack([torch.tensor(tokens, dtype=torch.float32), torch.tensor(factors)], dim=1))
+    return torch.stack(rows)
+
+
+def split_weights(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return tokens (..., 77) int64 and their weights, None without, of what `tokenize` returned."""
+    if not tokens.is_floating_point():
+        return tokens, None
+    return tokens[..., 0, :].long(), tokens[..., 1, :]

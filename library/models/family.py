@@ -53,6 +53,8 @@ class LoraTarget:
     group: str  # "unet" or "text_encoder": which learning rate applies
     kind: str  # "attention" (inside transformer blocks or CLIP layers) or "resnet" (needs conv_dim)
     block: int | None  # position in block_dims / block lr weights; None for text encoders
+    encoder: int = 0  # which of several text encoders it belongs to, for their learning rates
+    alias: str | None = None  # another name that files may have it under
 
 
 class ModelFamily(Protocol):
@@ -61,12 +63,17 @@ class ModelFamily(Protocol):
     name: str  # "sd": cache suffix, metadata
     latent_space: LatentSpace
     bucket_step_multiple: int  # what the sides of a bucket are multiples of
+    preview_side: int  # pixels, of previews whose prompts name no size
     # of other families: how a name in a LoRA file starts, what such a file is, its training script
     other_networks: tuple[tuple[str, str, str], ...]
 
     @property
     def base_model_version(self) -> str:
         """The name of the base model in the metadata of files, "sd_v1"."""
+
+    @property
+    def leaves_text_layers_out(self) -> bool:
+        """Whether the last of a text encoder's layers have no part in what `encode_text` returns."""
 
     def objective(self, noise: NoiseOptions, loss: LossOptions) -> Objective:
         """Return how latents are noised, and what the denoiser's output is compared with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,12 @@ import torch
 from torch import nn
 
 from library.errors import CheckpointError
-from library.models import clip
+from library.models import clip, recognition
 from library.models.checkpoint import PICKLED, open_tensors
 
 DENOISER_WEIGHTS = "diffusion_pytorch_model"
 TEXT_ENCODER_WEIGHTS = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model.fp16.bin")
 VAE_WEIGHTS = tuple(f"{DENOISER_WEIGHTS}{end}" for end in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"))
-OTHER_PIPELINES = {  # what such a folder is, and its training script
-    "StableDiffusionXLPipeline": ("an SDXL model", "sdxl_train_network.py"),
-    "StableDiffusion3Pipeline": ("a Stable Diffusion 3 model", "sd3_train_network.py"),
-}
 
 
 def is_file(name: str) -> bool:
@@ -28,58 +25,84 @@ def is_file(name: str) -> bool:
     return path.is_file() or (not path.is_dir() and path.suffix in (".safetensors", *PICKLED))
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, own: recognition.Kind = recognition.SD) -> Path:
     """Return the local folder of a diffusers model; a hub id is fetched into the hub's own cache.
+
+    Args:
+        name: --pretrained_model_name_or_path.
+        own: what it must be.
 
     Raises:
         CheckpointError: not there, or a model of another family.
     """
     folder = Path(name)
     if not folder.is_dir():
-        from diffusers import StableDiffusionPipeline
+        import diffusers
 
+        pipeline = getattr(diffusers, own.pipelines[0])
         unneeded: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
         try:
-            folder = Path(StableDiffusionPipeline.download(name, **unneeded))
+            folder = Path(pipeline.download(name, **unneeded))
         except (OSError, ValueError) as error:
             raise _not_found(name, error) from error
-    _check_pipeline(folder)
+    _check_pipeline(folder, own)
     return folder
 
 
-def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_denoiser(folder: Path, dtype: torch.dtype, *, is_mapped: bool = True) -> nn.Module:
     """Return the U-Net of a diffusers folder."""
     from diffusers import UNet2DConditionModel
 
     plain = any((folder / "unet").glob(f"{DENOISER_WEIGHTS}[.-][!f]*"))  # one file, or the first of several
     try:
-        denoiser: Any = UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype, variant=None if plain else "fp16", local_files_only=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # diffusers leaves it to Python to close a file it read
+            denoiser: Any = UNet2DConditionModel.from_pretrained(
+                folder,
+                subfolder="unet",
+                torch_dtype=dtype,
+                variant=None if plain else "fp16",
+                local_files_only=True,
+                disable_mmap=not is_mapped,
+            )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: its U-Net cannot be loaded ({_first_line(error)}).") from error
     return denoiser.requires_grad_(False).eval()
 
 
-def load_text_encoder(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Return the text encoder of a diffusers folder, whichever transformers wrote its names.
+def load_text_encoder(
+    folder: Path,
+    dtype: torch.dtype,
+    part: str = "text_encoder",
+    *,
+    has_projection: bool = False,
+    is_mapped: bool = True,
+) -> nn.Module:
+    """Return a text encoder of a diffusers folder, whichever transformers wrote its names.
+
+    Args:
+        folder: of the whole model.
+        dtype: of the weights in memory.
+        part: the text encoder's folder in it.
+        has_projection: whether it also makes a pooled text.
+        is_mapped: whether its file is mapped into memory.
 
     Raises:
         CheckpointError: weights or configuration are missing or do not fit.
     """
     from transformers import CLIPTextConfig
 
-    place, weights = folder / "text_encoder", text_encoder_file(folder)
+    place, weights = folder / part, text_encoder_file(folder, part)
     try:
         config = CLIPTextConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{place}: config.json cannot be read ({_first_line(error)}).") from error
-    return clip.build(open_tensors(weights), dtype, config)
+    return clip.build(open_tensors(weights, is_mapped=is_mapped), dtype, config, has_projection=has_projection)
 
 
-def text_encoder_file(folder: Path) -> Path:
-    """Return the file with the text encoder's weights of a diffusers folder. Raises: CheckpointError: there is none."""
-    return _first_file(folder / "text_encoder", TEXT_ENCODER_WEIGHTS, "text encoder")
+def text_encoder_file(folder: Path, part: str = "text_encoder") -> Path:
+    """Return the file with a text encoder's weights of a diffusers folder. Raises: CheckpointError: there is none."""
+    return _first_file(folder / part, TEXT_ENCODER_WEIGHTS, "text encoder")
 
 
 def vae_file(name: str) -> Path:
@@ -112,7 +135,7 @@ def _first_file(folder: Path, names: tuple[str, ...], part: str) -> Path:
     raise CheckpointError(f"{folder}: holds no {part} weights (looked for {', '.join(names)}).")
 
 
-def _check_pipeline(folder: Path) -> None:
+def _check_pipeline(folder: Path, own: recognition.Kind) -> None:
     """Raise CheckpointError where a folder holds another family, or no pipeline at all."""
     try:
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
@@ -123,9 +146,7 @@ def _check_pipeline(folder: Path) -> None:
             f"{folder}: is not a diffusers model folder (no usable model_index.json). "
             "Give such a folder or a model file."
         ) from error
-    if kind in OTHER_PIPELINES:
-        what, script = OTHER_PIPELINES[kind]
-        raise CheckpointError(f"{folder}: is {what}. Train it with {script}.")
+    recognition.check_pipeline(folder, kind, own)
 
 
 def _not_found(name: str, error: Exception) -> CheckpointError:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from library.batch import Batch
 from library.errors import CheckpointError
-from library.models import checkpointing, clip, clip_tokens, folders, unet, vae
+from library.models import checkpointing, clip, clip_tokens, folders, lora_targets, recognition, unet, vae
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix, open_tensors
 from library.models.family import LatentSpace, LoraTarget, Parts
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
-from library.models.prompt_weights import parse
 from library.objectives.ddpm import Ddpm
 
 if TYPE_CHECKING:
@@ -25,19 +24,6 @@ if TYPE_CHECKING:
     from library.options.noise import NoiseOptions
 
 SCALE = 0.18215  # v1-inference.yaml and v2-inference.yaml, scale_factor
-OTHER_FAMILIES = (  # (a part of a tensor's name, what such a file is, its training script)
-    ("conditioner.embedders.", "an SDXL model", "sdxl_train_network.py"),
-    ("joint_blocks.", "a Stable Diffusion 3 model", "sd3_train_network.py"),
-)
-OF_SDXL = ("a network for SDXL", "sdxl_train_network.py")
-OTHER_NETWORKS = (  # (the start of a tensor's name, what such a file is, its training script)
-    ("lora_te1_", *OF_SDXL),
-    ("lora_te2_", *OF_SDXL),
-    ("lora_unet_input_blocks_", *OF_SDXL),
-    ("lora_unet_middle_block_", *OF_SDXL),
-    ("lora_unet_output_blocks_", *OF_SDXL),
-    ("lora_unet_joint_blocks_", "a network for Stable Diffusion 3", "sd3_train_network.py"),
-)
 
 
 @dataclass(frozen=True)
@@ -54,7 +40,8 @@ class Sd:
     name = "sd"
     latent_space = LatentSpace(channels=4, scale=SCALE)
     bucket_step_multiple = 64  # the U-Net halves latents three times
-    other_networks = OTHER_NETWORKS
+    preview_side = 512
+    other_networks = recognition.other_networks(recognition.SD)
 
     @classmethod
     def from_options(cls, options: Any) -> Sd:
@@ -122,7 +109,7 @@ class Sd:
     def _open(self, path: Path) -> TensorSource:
         """Return the tensors of a checkpoint in the original layout, which is of this family and version."""
         file = open_tensors(path)
-        _check_family(file)
+        recognition.check(file, recognition.SD)
         found_v2 = has_prefix(file, clip_layout.SD2_PREFIX)
         if found_v2 or has_prefix(file, clip_layout.SD1_PREFIX):
             self._check_version(found_v2, str(path))
@@ -156,59 +143,40 @@ class Sd:
         else:
             file = open_tensors(folders.text_encoder_file(folders.model_folder(checkpoint)))
         called = [f"windows {self.num_windows}", f"skip {self.clip_skip or 1}", *(["weights"] * self.weighted_captions)]
-        words = clip_tokens.vocabulary_name(self.tokenizer_cache_dir, self._tokenizer[0])
+        words = clip_tokens.vocabulary_name(self.tokenizer_cache_dir, self._tokenizer.name)
         return " ".join([clip.fingerprint(file), *called, words])
 
     # ---- text --------------------------------------------------------------------------------------------------
     @property
     def num_windows(self) -> int:
         """Return how many windows of 77 tokens a caption gets."""
-        return (self.max_token_length or clip_tokens.CONTENT) // clip_tokens.CONTENT
+        return clip_tokens.num_windows(self.max_token_length)
 
     @property
-    def _tokenizer(self) -> tuple[str, str, int]:
-        """The tokenizer's folder in --tokenizer_cache_dir, the word that pads, and its token."""
-        if self.v2:
-            return "stabilityai_stable-diffusion-2", "!", 0
-        return "openai_clip-vit-large-patch14", clip_tokens.END_WORD, clip_tokens.EOS
+    def _tokenizer(self) -> clip_tokens.Kind:
+        return clip_tokens.OPENCLIP_H if self.v2 else clip_tokens.CLIP_L
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Return the captions' tokens, (B, windows, 77) int64.
 
         With weighted_captions (B, windows, 2, 77) float32: the tokens, which float32 holds exactly, and their weights.
         """
-        name, pad_word, pad = self._tokenizer
-        encode = clip_tokens.tokenizer(self.tokenizer_cache_dir, name, pad_word).encode_batch
-        if not self.weighted_captions:
-            encoded = encode(list(captions), add_special_tokens=False)
-            return torch.tensor([clip_tokens.windows(entry.ids, self.num_windows, pad) for entry in encoded])
-        rows = []
-        for caption in captions:
-            pieces = parse(caption)
-            encoded = encode([text for text, _ in pieces], add_special_tokens=False)
-            ids = [token for entry in encoded for token in entry.ids]
-            weights = [
-                weight for entry, (_, weight) in zip(encoded, pieces, strict=True) for _ in range(len(entry.ids))
-            ]
-            tokens = clip_tokens.windows(ids, self.num_windows, pad)
-            factors = clip_tokens.weight_windows(weights, self.num_windows)
-            rows.append(torch.stack([torch.tensor(tokens, dtype=torch.float32), torch.tensor(factors)], dim=1))
-        return torch.stack(rows)
+        return clip_tokens.tokenize(
+            captions,
+            self._tokenizer,
+            self.num_windows,
+            has_weights=self.weighted_captions,
+            cache_dir=self.tokenizer_cache_dir,
+        )
 
     def encode_text(self, parts: Parts, tokens: Tensor) -> Tensor:
         """Return hidden states (B, N, D), N = 75 * windows + 2, of what `tokenize` returned.
 
         Each window is encoded alone. Weights multiply a token's hidden state, without renormalising.
         """
-        weights = None
-        if tokens.dim() == 4:
-            tokens, weights = tokens[:, :, 0].long(), tokens[:, :, 1]
-        batch, num_windows, length = tokens.shape
-        states = clip.hidden_states(parts.text_encoders[0], tokens.reshape(-1, length), self.clip_skip)
-        states = states.reshape(batch, num_windows, length, -1)
-        if weights is not None:
-            states = states * weights.to(states).unsqueeze(-1)
-        return clip.join_windows(states)
+        tokens, weights = clip_tokens.split_weights(tokens)
+        states = clip.hidden_states(parts.text_encoders[0], tokens.flatten(0, 1), self.clip_skip)
+        return clip.join(states, tokens.shape[1], weights)
 
     def text_outputs(self, text: Tensor) -> dict[str, Tensor]:
         """Return the hidden states (B, N, D) by their name in the cache."""
@@ -244,6 +212,11 @@ class Sd:
 
     # ---- training ----------------------------------------------------------------------------------------------
     @property
+    def leaves_text_layers_out(self) -> bool:
+        """Whether the last of the text encoder's layers have no part in what it returns."""
+        return (self.clip_skip or 1) > 1
+
+    @property
     def base_model_version(self) -> str:
         """The name of the base model in files: sd_v1 or sd_v2, with _v for velocity prediction."""
         return ("sd_v2" if self.v2 else "sd_v1") + ("_v" if self.v_parameterization else "")
@@ -254,47 +227,19 @@ class Sd:
 
     def lora_targets(self, parts: Parts) -> Iterator[LoraTarget]:
         """Yield every module that a LoRA can adapt, in the order of LoRA files: text encoder, then U-Net."""
-        return lora_targets_of(parts.text_encoders, parts.denoiser)
+        yield from lora_targets.of_text_encoder(parts.text_encoders[0], "lora_te")
+        yield from lora_targets.of_unet(parts.denoiser)
 
     def enable_gradient_checkpointing(
         self, parts: Parts, train_text_encoder: bool, *, is_offloaded: bool = False
     ) -> None:
-        """Trade time for memory: the U-Net's, and on demand the text encoder's, activations are computed twice.
-
-        Both are put in train mode, without which transformers ignores the setting; neither has dropout. is_offloaded
-        is for the U-Net: the text encoder's checkpoints are some 100 kB each.
-        """
-        denoiser: Any = parts.denoiser
-        denoiser.enable_gradient_checkpointing(checkpointing.offloaded if is_offloaded else None)
-        denoiser.train()
-        if train_text_encoder:
-            text_encoder: Any = parts.text_encoders[0]
-            enable = getattr(text_encoder, "activation_checkpointing_enable", None)  # its name from transformers 5 on
-            (enable or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
-            text_encoder.train()
+        """Compute the U-Net's, and on demand the text encoder's, activations twice; see `checkpointing.enable`."""
+        trained = parts.text_encoders if train_text_encoder else ()
+        checkpointing.enable(parts.denoiser, trained, is_offloaded=is_offloaded)
 
     def set_attention(self, parts: Parts, kind: str) -> None:
         """Choose the U-Net's attention: "sdpa" or "xformers" (a warning and sdpa where that cannot be used)."""
         unet.set_attention(parts.denoiser, kind)
-
-
-def lora_targets_of(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> Iterator[LoraTarget]:
-    """Yield the LoRA targets of a text encoder and a U-Net, under the names that LoRA files use.
-
-    Args:
-        text_encoders: none or one transformers CLIPTextModel.
-        denoiser: a U-Net with diffusers' module structure.
-    """
-    for text_encoder in text_encoders:
-        model: Any = clip.inner(text_encoder)
-        for path in clip_layout.lora_paths(len(model.encoder.layers)):
-            name = f"lora_te_text_model_{path.replace('.', '_')}"
-            yield LoraTarget(name, model.get_submodule(path), "text_encoder", "attention", None)
-    modules = dict(denoiser.named_modules())
-    for entry in unet_layout.lora_paths():
-        if entry.path in modules:
-            name = f"lora_unet_{entry.path.replace('.', '_')}"
-            yield LoraTarget(name, modules[entry.path], "unet", entry.kind, entry.block)
 
 
 def original_tensors(parts: Parts, v2: bool) -> dict[str, Tensor]:
@@ -305,19 +250,3 @@ def original_tensors(parts: Parts, v2: bool) -> dict[str, Tensor]:
         | vae.original_tensors(parts.vae)
         | clip.original_tensors(parts.text_encoders[0], openclip=v2)
     )
-
-
-def _check_family(file: TensorSource) -> None:
-    """Raise CheckpointError where the file is not an SD 1.x or 2.x checkpoint, and name the right script."""
-    for part, kind, script in OTHER_FAMILIES:
-        if any(part in name for name in file.shapes):
-            raise CheckpointError(f"{file.path}: is {kind}. Train it with {script}.")
-    if any(name.startswith(("lora_unet_", "lora_te_")) for name in file.shapes):
-        raise CheckpointError(
-            f"{file.path}: is a LoRA file. --pretrained_model_name_or_path needs the model it was trained on."
-        )
-    if not has_prefix(file, unet_layout.PREFIX):
-        raise CheckpointError(
-            f"{file.path}: holds no U-Net (no tensor starts with {unet_layout.PREFIX}). "
-            "Give a full Stable Diffusion checkpoint."
-        )

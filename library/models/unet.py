@@ -1,4 +1,4 @@
-"""The U-Net of SD 1.x and 2.x: built from a file in the original layout, written to it, switched."""
+"""The U-Net of SD 1.x, 2.x and XL: built from a file in the original layout, written to it, switched."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ from library.models.layout import unet as layout
 log = logging.getLogger(__name__)
 
 SD1_HEADS = 8
-SD2_HEAD_WIDTH = 64
+HEAD_WIDTH = 64  # since SD 2.x
+NUM_SIZES = 6  # what a U-Net is told of a picture: height and width of the file, top and left of the crop, and of it
 SAMPLE_CELLS = 64  # diffusers' default picture size; nothing in training reads it
 
 
-def build(file: TensorSource, v2: bool, dtype: torch.dtype) -> nn.Module:
+def build(
+    file: TensorSource, has_wide_heads: bool, dtype: torch.dtype, *, pooled_width: int | None = None
+) -> nn.Module:
     """Return diffusers' U-Net with the file's weights, its size read from the tensors' shapes.
 
     Args:
         file: names start at "input_blocks.".
-        v2: heads of width 64 instead of 8 heads everywhere. proj_in and proj_out are 1x1 convolutions in either
-            case, as sd-scripts builds them, so that SD 2.x LoRA files get the 4-D weights its readers know.
+        has_wide_heads: heads of width 64, as since SD 2.x, instead of 8 heads everywhere.
         dtype: of the weights in memory.
+        pooled_width: of the pooled text that the U-Net is told beside the picture's sizes; None: it is told neither.
+            Without, proj_in and proj_out are 1x1 convolutions, as sd-scripts builds them, so that SD 2.x LoRA files
+            get the 4-D weights its readers know; with, they are linear layers, as there.
 
     Raises:
         CheckpointError: tensors are missing or of a wrong shape, or it is an inpainting or upscaling model.
     """
-    config = config_of(file, v2)
+    config = config_of(file, has_wide_heads, pooled_width)
     from diffusers import UNet2DConditionModel
 
     module = build_on_meta(lambda: UNet2DConditionModel(**config))
@@ -43,40 +48,68 @@ def build(file: TensorSource, v2: bool, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def config_of(file: TensorSource, v2: bool) -> dict[str, Any]:
+def config_of(file: TensorSource, has_wide_heads: bool, pooled_width: int | None = None) -> dict[str, Any]:
     """Return the arguments of diffusers' UNet2DConditionModel that fit the file's tensors."""
     try:
         blocks = layout.blocks_of(file.shapes)
         table = layout.unet_table(blocks)
         widths = [
             file.shapes[str(table.to_original(f"down_blocks.{level}.resnets.0.conv1.weight"))][0]
-            for level in range(len(blocks.attention))
+            for level in range(len(blocks.depths))
         ]
         channels = file.shapes["input_blocks.0.0.weight"][1]
-        level = blocks.attention.index(True)
+        level = next(level for level, depth in enumerate(blocks.depths) if depth)
         context = f"down_blocks.{level}.attentions.0.transformer_blocks.0.attn2.to_k.weight"
         context_width = file.shapes[str(table.to_original(context))][1]
-    except (KeyError, ValueError) as error:
+    except (KeyError, StopIteration) as error:
         raise CheckpointError(
-            f"{file.path}: the U-Net's tensors do not have the structure of Stable Diffusion 1.x or 2.x "
-            f"(stopped at {error}). The file is incomplete or holds another kind of model."
+            f"{file.path}: the U-Net's tensors do not have the structure of Stable Diffusion "
+            f"(stopped at {error or 'its attention'}). The file is incomplete or holds another kind of model."
         ) from error
     if channels != 4:
         raise CheckpointError(
             f"{file.path}: the U-Net takes {channels} channels, expected 4. "
             "It is an inpainting, upscaling or editing model; give the plain text-to-image model."
         )
+    conditioned = {} if pooled_width is None else _conditioned(file, pooled_width)
     return {
         "sample_size": SAMPLE_CELLS,
         "in_channels": channels,
         "out_channels": channels,
         "block_out_channels": widths,
         "layers_per_block": blocks.layers,
-        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in blocks.attention],
-        "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(blocks.attention)],
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in blocks.depths],
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(blocks.depths)],
         "cross_attention_dim": context_width,
         # named head *dim* in diffusers for history's sake: it is the number of heads
-        "attention_head_dim": [max(1, width // SD2_HEAD_WIDTH) for width in widths] if v2 else SD1_HEADS,
+        "attention_head_dim": [max(1, width // HEAD_WIDTH) for width in widths] if has_wide_heads else SD1_HEADS,
+        # diffusers wants at least 1 and gives the middle what the last level has
+        "transformer_layers_per_block": [max(1, depth) for depth in (*blocks.depths[:-1], _middle_depth(file, blocks))],
+        **conditioned,
+    }
+
+
+def _middle_depth(file: TensorSource, blocks: layout.UNetBlocks) -> int:
+    """Return the depth of the last level and of the middle, which are the same where both have attention."""
+    return blocks.depths[-1] or layout.depth_of("middle_block.1", file.shapes)
+
+
+def _conditioned(file: TensorSource, pooled_width: int) -> dict[str, Any]:
+    """Return the arguments of a U-Net that is told the pooled text and the picture's sizes."""
+    told = "label_emb.0.0.weight"
+    require(file, (told,), "U-Net")
+    width = file.shapes[told][1]
+    size_width, rest = divmod(width - pooled_width, NUM_SIZES)
+    if size_width < 1 or rest:
+        raise CheckpointError(
+            f"{file.path}: the U-Net is told {width} numbers of text and sizes, which does not fit a pooled text of "
+            f"{pooled_width}. The file mixes different models, or is of a model that is told other things."
+        )
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": size_width,
+        "projection_class_embeddings_input_dim": width,
+        "use_linear_projection": True,
     }
 
 
@@ -85,20 +118,24 @@ def original_tensors(unet: nn.Module, linear_projection: bool) -> dict[str, Tens
 
     Args:
         unet: diffusers' UNet2DConditionModel.
-        linear_projection: write proj_in and proj_out as (out, in), as SD 2.x files have them, instead of
+        linear_projection: write proj_in and proj_out as (out, in), as SD 2.x and XL files have them, instead of
             (out, in, 1, 1).
     """
-    model: Any = unet
-    blocks = layout.UNetBlocks(
-        tuple(hasattr(block, "attentions") for block in model.down_blocks), len(model.down_blocks[0].resnets)
-    )
-    table = layout.unet_table(blocks)
+    table = layout.unet_table(blocks_of(unet))
     written: dict[str, Tensor] = {}
     for name, tensor in unet.state_dict().items():
         if name.endswith((".proj_in.weight", ".proj_out.weight")):
             tensor = tensor.reshape(tensor.shape[:2] if linear_projection else (*tensor.shape[:2], 1, 1))
         written[f"{layout.PREFIX}{table.to_original(name)}"] = tensor
     return written
+
+
+def blocks_of(unet: nn.Module) -> layout.UNetBlocks:
+    """Return the block structure of diffusers' UNet2DConditionModel."""
+    model: Any = unet
+    attentions = [getattr(block, "attentions", None) for block in model.down_blocks]
+    depths = tuple(len(modules[0].transformer_blocks) if modules else 0 for modules in attentions)
+    return layout.UNetBlocks(depths, len(model.down_blocks[0].resnets))
 
 
 def set_attention(unet: nn.Module, kind: str) -> None:

@@ -13,7 +13,15 @@ from library.options import config_file
 from library.options.checks import check_options
 from library.options.declare import Parser, declared, parser
 from library.options.groups import GROUPS, Options, all_declared, build_all
-from library.options.reference import FRONT_END_KEYS, GRANTED, IGNORED, OTHER_SCRIPTS, REFUSED
+from library.options.reference import (
+    FRONT_END_KEYS,
+    GRANTED,
+    IGNORED,
+    IGNORED_BY_SCRIPT,
+    OTHER_SCRIPTS,
+    REFUSED,
+    REFUSED_BY_SCRIPT,
+)
 from library.options.values import Declared, convert
 
 log = logging.getLogger(__name__)
@@ -80,7 +88,7 @@ def read_command_line(
     Raises: OptionError for a wrong command line or config file.
     """
     argv, warnings = _without_other_scripts(argv, script)
-    made = _parser(prog, description, shown)
+    made = _parser(prog, description, shown, script)
     if add_own is not None:
         add_own(made)
     namespace, unknown = made.parse_known_args(argv)
@@ -98,7 +106,7 @@ def read_command_line(
         from_file, file_warnings = _read_config(config_file.path_of(file), known, script)
         values = {**from_file, **values}
         warnings += file_warnings
-    warnings += _without_reader(values)
+    warnings += _without_reader(values, script)
     options = build_all(values)
     if is_writing:
         path = config_file.path_of(file)
@@ -112,10 +120,12 @@ def _known() -> dict[str, Declared]:
     return {**all_declared(), **elsewhere, CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}
 
 
-def _parser(prog: str, description: str, shown: Mapping[str, type]) -> Parser:
+def _parser(prog: str, description: str, shown: Mapping[str, type], script: str) -> Parser:
     listed = {each.name for group in shown.values() for each in declared(group)}
-    hidden = [each for name, each in _known().items() if name not in {*listed, CONFIG_FILE.name, OUTPUT_CONFIG.name}]
-    return parser(prog, description, shown, plain=(CONFIG_FILE, OUTPUT_CONFIG), hidden=hidden)
+    left_out = {name for name in _known() if _is_of_other_script(name, script)}
+    apart = {*listed, *left_out, CONFIG_FILE.name, OUTPUT_CONFIG.name}
+    hidden = [each for name, each in _known().items() if name not in apart]
+    return parser(prog, description, shown, plain=(CONFIG_FILE, OUTPUT_CONFIG), hidden=hidden, left_out=left_out)
 
 
 def _without_other_scripts(argv: Sequence[str], script: str) -> tuple[list[str], list[str]]:
@@ -151,11 +161,11 @@ def _read_config(path: Path, known: Mapping[str, Declared], script: str) -> tupl
         where = f"{path}: {name}"
         if name in (CONFIG_FILE.name, OUTPUT_CONFIG.name):
             warnings.append(f"{where} has no effect in a config file")
-        elif name in known:
-            values[name] = convert(known[name], raw, where)
         elif _is_of_other_script(name, script):
             if raw not in (False, "", 0):
                 warnings.append(_other_script_warning(where, name, script))
+        elif name in known:
+            values[name] = convert(known[name], raw, where)
         elif name in FRONT_END_KEYS:
             warnings.append(f"{where} has no effect: no script has this option")
         else:
@@ -163,7 +173,7 @@ def _read_config(path: Path, known: Mapping[str, Declared], script: str) -> tupl
     return values, warnings
 
 
-def _without_reader(values: Mapping[str, Any]) -> list[str]:
+def _without_reader(values: Mapping[str, Any], script: str) -> list[str]:
     """Return warnings about options that are ignored.
 
     Raises: OptionError for one that is refused.
@@ -171,11 +181,16 @@ def _without_reader(values: Mapping[str, Any]) -> list[str]:
     for each in REFUSED:
         if values.get(each.name, each.default) not in (each.default, 0):  # programs that fill in forms write 0 for off
             raise OptionError(f"--{each.name} cannot be used: {each.reason}. Leave it out.")
-    return [
+    for name, reason in REFUSED_BY_SCRIPT.get(script, {}).items():
+        if values.get(name):
+            raise OptionError(f"--{name} cannot be used with {script}.py: {reason}. Leave it out.")
+    ignored = [
         f"--{each.name} has no effect: {each.reason}"
         for each in IGNORED
         if values.get(each.name, each.default) != each.default
     ]
+    idle = IGNORED_BY_SCRIPT.get(script, {}).items()
+    return ignored + [f"--{name} has no effect: {reason}" for name, reason in idle if values.get(name)]
 
 
 def _unknown_argument(unknown: Sequence[str], known: Mapping[str, Declared]) -> str:

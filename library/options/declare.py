@@ -6,7 +6,7 @@ import argparse
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, NoReturn, TypeVar
 
@@ -116,6 +116,7 @@ def parser(
     *,
     plain: Iterable[Declared] = (),
     hidden: Iterable[Declared] = (),
+    left_out: Container[str] = (),
 ) -> Parser:
     """Return a parser that has the options of the groups, each under its title in --help.
 
@@ -127,6 +128,7 @@ def parser(
         groups: title -> dataclass.
         plain: options of no group.
         hidden: options that are understood but not listed by --help.
+        left_out: names of options in the groups that this command does not have.
     """
     made = Parser(
         prog=prog,
@@ -138,7 +140,8 @@ def parser(
     for title, group in groups.items():
         section = made.add_argument_group(f"{title} options")
         for each in declared(group):
-            _add(section, each, help_line(each).replace("%", "%%"))
+            if each.name not in left_out:
+                _add(section, each, help_line(each).replace("%", "%%"))
     for each in hidden:
         _add(made, each, argparse.SUPPRESS)
     return made

@@ -84,7 +84,20 @@ def build_all(values: Mapping[str, Any]) -> Options:
 
     Raises: OptionError for values of one group that contradict each other.
     """
+    values = _with_text_encoder_rates(values)
     return Options(**{name: build(group, values) for name, group in GROUPS.items()})
+
+
+def _with_text_encoder_rates(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values with --text_encoder_lr1 and 2 as the list that --text_encoder_lr is."""
+    own = [values.get(name) for name in ("text_encoder_lr1", "text_encoder_lr2")]
+    if own == [None, None]:
+        return values
+    default = values.get("learning_rate", OptimizerOptions.learning_rate)
+    common = [*(values.get("text_encoder_lr") or (default,))]
+    first_two = (common * 2)[:2] if len(common) == 1 else common[:2]
+    rates = (rate if given is None else given for rate, given in zip(first_two, own, strict=True))
+    return {**values, "text_encoder_lr": (*rates, *common[2:])}
 
 
 def public_values(options: Options) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class ModelOptions:
     weighted_captions: bool = option(
         False, "Read (word:1.2), (word) and [word] in captions as weights of the words' embeddings."
     )
+    disable_mmap_load_safetensors: bool = option(
+        False, "Read model files instead of mapping them into memory; faster on some network drives."
+    )
     no_half_vae: bool = option(False, "Run the VAE in float32 whatever --mixed_precision says.")
     lowram: bool = option(False, "Leave a VAE that previews need on the GPU after --cache_latents: spares main memory.")
 

@@ -32,7 +32,18 @@ class NetworkOptions:
     )
     text_encoder_lr: tuple[float, ...] | None = option(
         None,
-        "Learning rate of the text encoder's part; unset is --learning_rate, 0 leaves it untrained.",
+        "Learning rate of the text encoder's part, or one for each text encoder; unset is --learning_rate, 0 leaves it "
+        "untrained.",
+        bounds=Bounds(min=0),
+    )
+    text_encoder_lr1: float | None = option(
+        None,
+        "Learning rate of the first text encoder's part (CLIP-L); unset is --text_encoder_lr, then --learning_rate.",
+        bounds=Bounds(min=0),
+    )
+    text_encoder_lr2: float | None = option(
+        None,
+        "Learning rate of the second text encoder's part (OpenCLIP bigG); unset as for the first.",
         bounds=Bounds(min=0),
     )
     dim_from_weights: bool = option(False, "Take ranks and alphas from --network_weights.")

@@ -50,13 +50,28 @@ GRANTED = (
     Elsewhere("highvram", bool, False, "GPU memory is never given back between batches of the latent cache"),
 )
 
+# Options that a script understands but cannot carry out -> why. Those refused are errors, those ignored warnings.
+REFUSED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
+    "sdxl_train_network": {"v2": "Stable Diffusion 2.x is trained with train_network.py"},
+}
+IGNORED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
+    "sdxl_train_network": {"clip_skip": "SDXL always reads its text encoders at the last layer but one"},
+}
+
 # Keys that graphical front ends write into config files, though no script has such an option.
 FRONT_END_KEYS = frozenset({"epoch", "noise_offset_type"})
 
-_SD3, _SDXL_AND_SD3, _DB = ("sd3_train_network",), ("sdxl_train_network", "sd3_train_network"), ("train_db",)
+_SDXL, _SD3, _SDXL_AND_SD3, _DB = (
+    ("sdxl_train_network",),
+    ("sd3_train_network",),
+    ("sdxl_train_network", "sd3_train_network"),
+    ("train_db",),
+)
 
 # Options of the other scripts -> which scripts, and whether a value follows.
 OTHER_SCRIPTS: Mapping[str, tuple[tuple[str, ...], bool]] = {
+    "text_encoder_lr1": (_SDXL, True),
+    "text_encoder_lr2": (_SDXL, True),
     "disable_mmap_load_safetensors": (_SDXL_AND_SD3, False),
     "weighting_scheme": (_SD3, True),
     "logit_mean": (_SD3, True),

@@ -21,7 +21,7 @@ else:
 
 log = logging.getLogger(__name__)
 
-SIDE_STEP, MIN_SIDE, MAX_STEPS = 8, 64, 1000
+SIDE, SIDE_STEP, MIN_SIDE, MAX_STEPS = 512, 8, 64, 1000
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class SamplePrompt:
 
     prompt: str
     negative_prompt: str = ""
-    width: int = 512  # pixels, a multiple of 8
-    height: int = 512
+    width: int = SIDE  # pixels, a multiple of 8
+    height: int = SIDE
     sample_steps: int = 30
     scale: float = 7.5  # classifier-free guidance; 1 switches it off
     seed: int | None = None  # None: another picture each time
@@ -86,8 +86,8 @@ READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-def read_prompts(path: Path) -> list[SamplePrompt]:
-    """Return the prompts of a .txt, .toml or .json file, in order.
+def read_prompts(path: Path, side: int = SIDE) -> list[SamplePrompt]:
+    """Return the prompts of a .txt, .toml or .json file, in order; side is the width and height where none is named.
 
     .txt: a prompt a line with flags after it ('a cat --w 768 --d 5'); empty lines and lines with # are skipped.
     .toml: [prompt] with defaults and [[prompt.subset]], one a picture. .json: a list of such lines or of objects.
@@ -98,7 +98,7 @@ def read_prompts(path: Path) -> list[SamplePrompt]:
     if reader is None:
         raise DataError(f"--sample_prompts {path}: the file must end in .txt, .toml or .json.")
     try:
-        prompts = reader(path)
+        prompts = reader(path, side)
     except FileNotFoundError as error:
         raise DataError(f"--sample_prompts {path}: there is no such file.") from error
     except UnicodeDecodeError as error:
@@ -110,12 +110,13 @@ def read_prompts(path: Path) -> list[SamplePrompt]:
     return prompts
 
 
-def parse_line(line: str, place: str) -> SamplePrompt:
+def parse_line(line: str, place: str, side: int = SIDE) -> SamplePrompt:
     """Return the prompt of one line; flags are only what follows a space and two dashes.
 
     Args:
         line: 'a cat --n ugly --w 512 --h 768 --d 1 --s 28 --l 7 --ss euler_a'; flags in any case and order.
         place: for messages: 'prompts.txt:3'.
+        side: width and height where none is named.
     """
     text, *parts = re.split(r"(?:^|\s+)--(?=[A-Za-z])", line.strip())
     values: dict[str, Any] = {"prompt": text}
@@ -130,29 +131,29 @@ def parse_line(line: str, place: str) -> SamplePrompt:
             log.warning("%s: --%s is unknown and changes nothing. Flags are %s", place, flag, known)
             continue
         values[FLAGS[name]] = value
-    return _prompt(values, place, {key: f"--{flag}" for flag, key in FLAGS.items()})
+    return _prompt(values, place, {key: f"--{flag}" for flag, key in FLAGS.items()}, side)
 
 
-def _read_text(path: Path) -> list[SamplePrompt]:
+def _read_text(path: Path, side: int) -> list[SamplePrompt]:
     lines = path.read_text(encoding="utf-8-sig").splitlines()
     return [
-        parse_line(line, f"{path}:{number}")
+        parse_line(line, f"{path}:{number}", side)
         for number, line in enumerate(lines, start=1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
 
 
-def _read_json(path: Path) -> list[SamplePrompt]:
+def _read_json(path: Path, side: int) -> list[SamplePrompt]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}.") from error
     if not isinstance(entries, list):
         raise DataError(f"{path}: the file must hold a list of prompts.")
-    return [_entry(entry, f"{path}: prompt {number}") for number, entry in enumerate(entries, start=1)]
+    return [_entry(entry, f"{path}: prompt {number}", side) for number, entry in enumerate(entries, start=1)]
 
 
-def _read_toml(path: Path) -> list[SamplePrompt]:
+def _read_toml(path: Path, side: int) -> list[SamplePrompt]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
@@ -165,15 +166,15 @@ def _read_toml(path: Path) -> list[SamplePrompt]:
     if not isinstance(subsets, list):
         raise DataError(f"{path}: write [[prompt.subset]] with two brackets, once for each picture.")
     return [
-        _entry({**defaults, **subset} if isinstance(subset, dict) else subset, f"{path}: prompt {number}")
+        _entry({**defaults, **subset} if isinstance(subset, dict) else subset, f"{path}: prompt {number}", side)
         for number, subset in enumerate(subsets, start=1)
     ]
 
 
-def _entry(entry: Any, place: str) -> SamplePrompt:
+def _entry(entry: Any, place: str, side: int) -> SamplePrompt:
     """Return the prompt of one entry of a TOML or JSON file."""
     if isinstance(entry, str):
-        return parse_line(entry, place)
+        return parse_line(entry, place, side)
     if not isinstance(entry, dict):
         raise DataError(f"{place}: must be a text or a table, got {entry!r}.")
     for key in entry:
@@ -183,10 +184,10 @@ def _entry(entry: Any, place: str) -> SamplePrompt:
             known = ", ".join(READERS)
             near = did_you_mean(key, READERS)
             log.warning("%s: %s is an unknown key and changes nothing.%s Keys are %s", place, key, near, known)
-    return _prompt({key: value for key, value in entry.items() if key in READERS}, place, {})
+    return _prompt({key: value for key, value in entry.items() if key in READERS}, place, {}, side)
 
 
-def _prompt(values: Mapping[str, Any], place: str, spelling: Mapping[str, str]) -> SamplePrompt:
+def _prompt(values: Mapping[str, Any], place: str, spelling: Mapping[str, str], side: int) -> SamplePrompt:
     """Return the prompt made of values, each checked; spelling says how the user wrote a key."""
     read: dict[str, Any] = {}
     for key, value in values.items():
@@ -201,4 +202,4 @@ def _prompt(values: Mapping[str, Any], place: str, spelling: Mapping[str, str]) 
             raise DataError(f"{place}: {spelling.get(key, key)} must be {wanted}, got {value!r}.") from error
     if "prompt" not in read:
         raise DataError(f"{place}: the prompt is missing.")
-    return SamplePrompt(**read)
+    return SamplePrompt(**{"width": side, "height": side, **read})

@@ -62,7 +62,7 @@ def train(options: Options, family: ModelFamily) -> None:
         return
     started_at = time.time()
     checked = check(options, family)
-    accelerator = make_accelerator(options, checked)
+    accelerator = make_accelerator(options, checked, family)
     resumed = checked.resumed
     seed = common_seed(seed_of(options.training.seed, resumed))
     set_seed(seed)
@@ -152,7 +152,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
             soundness.check(file, option, family.other_networks)
     optimizers.check(options.optimizer)
     schedules.check(options.schedule)
-    prompts = tuple(sampling.check(options.sampling))
+    prompts = tuple(sampling.check(options.sampling, family.preview_side))
     saving.check_output(options.saving)
     formats = Precision.of(
         options.training.mixed_precision,
@@ -194,7 +194,7 @@ def find_state(options: Options) -> Resumed | None:
     return state.open_state(place)
 
 
-def make_accelerator(options: Options, checked: Checked) -> Accelerator:
+def make_accelerator(options: Options, checked: Checked, family: ModelFamily) -> Accelerator:
     """Return accelerate's view of the machine: device, processes, precision, trackers."""
     try:
         accelerator = distribution.accelerator(
@@ -202,7 +202,7 @@ def make_accelerator(options: Options, checked: Checked) -> Accelerator:
             options.deepspeed,
             max_grad_norm=options.optimizer.max_grad_norm,
             batch_size=max(config.batch_size for config in checked.data.configs),
-            may_leave_weights_out=may_leave_weights_out(options),
+            may_leave_weights_out=may_leave_weights_out(options, family),
             mixed_precision=checked.precision.mixed,
             log_with=list(checked.tracker_names) or None,
             project_dir=trackers.log_dir(options.logging),
@@ -214,12 +214,12 @@ def make_accelerator(options: Options, checked: Checked) -> Accelerator:
     return accelerator
 
 
-def may_leave_weights_out(options: Options) -> bool:
+def may_leave_weights_out(options: Options, family: ModelFamily) -> bool:
     """Return whether a step may use only some of the trained weights, which several processes must then look for.
 
-    Looking takes time at each step. --clip_skip leaves out the text encoder's last layers, module dropout any module.
+    Looking takes time at each step. A family may leave out text encoders' last layers, module dropout any module.
     """
-    is_layer_skipped = (options.model.clip_skip or 1) > 1 and not options.network.network_train_unet_only
+    is_layer_skipped = family.leaves_text_layers_out and not options.network.network_train_unet_only
     return is_layer_skipped or "module_dropout" in trainee.network_arguments(options.network.network_args)
 
 

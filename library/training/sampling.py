@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check(options: SamplingOptions) -> list[SamplePrompt]:
+def check(options: SamplingOptions, side: int) -> list[SamplePrompt]:
     """Return the prompts to be drawn, none when no previews are asked for; to be called before anything slow.
+
+    Args:
+        options: the sampling group.
+        side: pixels, of pictures whose prompts name no size.
 
     Raises: DataError for a prompt file that cannot be read, OptionError for an unknown sampler in it.
     """
@@ -36,7 +40,7 @@ def check(options: SamplingOptions) -> list[SamplePrompt]:
         return []
     if not (options.sample_at_first or options.sample_every_n_epochs or options.sample_every_n_steps):
         return []
-    prompts = read_prompts(Path(options.sample_prompts))
+    prompts = read_prompts(Path(options.sample_prompts), side)
     for number, prompt in enumerate(prompts, start=1):
         if prompt.sample_sampler:
             check_sampler(prompt.sample_sampler, f"{options.sample_prompts}: prompt {number}")

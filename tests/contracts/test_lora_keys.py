@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from library.models.sd import lora_targets_of
+from library.models import lora_targets
 from networks import lora
 from tests.models.reference import base_keys, full_size, read
 
@@ -46,7 +46,7 @@ def made() -> Callable[[str, str], dict[str, list[int]]]:
     def make(architecture: str, variant: str) -> dict[str, list[int]]:
         is_text_trained, arguments = VARIANTS[variant]
         unet, text_encoder = parts[architecture]
-        targets = tuple(lora_targets_of([text_encoder], unet))
+        targets = tuple(lora_targets.of([text_encoder], unet))
         network = lora.create_network(1.0, RANK, 1.0, None, None, None, targets=targets, **arguments)
         network.apply_to(text_encoder, unet, is_text_trained, True)
         shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -15,12 +15,21 @@ import pytest
 from library.errors import OptionError
 from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG, read_command_line
 from library.options.groups import all_declared
-from library.options.reference import GRANTED, IGNORED, REFUSED, Elsewhere
+from library.options.reference import (
+    GRANTED,
+    IGNORED,
+    IGNORED_BY_SCRIPT,
+    OTHER_SCRIPTS,
+    REFUSED,
+    REFUSED_BY_SCRIPT,
+    Elsewhere,
+)
 from library.options.toml import read_toml
 
 TESTS = Path(__file__).resolve().parents[1]
 LIST: dict[str, dict[str, Any]] = read_toml(Path(__file__).with_name("options_of_train_network.toml"))
 REFERENCE = json.loads((TESTS / "data" / "options_train_network.json").read_text("utf-8"))
+OF_SCRIPTS: dict[str, dict[str, dict[str, Any]]] = read_toml(Path(__file__).with_name("options_of_other_scripts.toml"))
 WORKING = {name: row["works"] for name, row in LIST.items() if "works" in row}
 GIVEN_UP = [(name, kind) for name, row in LIST.items() for kind in ("refused", "ignored") if kind in row]
 
@@ -49,7 +58,27 @@ def read(*argv: str) -> tuple[str, ...]:
 
 
 def test_every_option_has_its_row() -> None:
-    assert set(LIST) == {*REFERENCE, *all_declared()}
+    assert set(LIST) == {*REFERENCE, *all_declared()} - set(OTHER_SCRIPTS)
+
+
+@pytest.mark.parametrize("script", sorted(OF_SCRIPTS))
+def test_every_option_that_another_script_has_or_takes_otherwise_has_its_row(script: str) -> None:
+    own = {name for name in all_declared() if script in OTHER_SCRIPTS.get(name, ((),))[0]}
+    otherwise = {*REFUSED_BY_SCRIPT.get(script, {}), *IGNORED_BY_SCRIPT.get(script, {})}
+    assert set(OF_SCRIPTS[script]) == own | otherwise
+
+
+@pytest.mark.parametrize(("script", "name"), [(script, name) for script, rows in OF_SCRIPTS.items() for name in rows])
+def test_what_another_script_has_works_as_its_tests_show_or_is_given_up_in_the_words_of_the_list(
+    script: str, name: str
+) -> None:
+    ((kind, told),) = OF_SCRIPTS[script][name].items()
+    if kind == "works":
+        assert name in all_declared()
+        assert all(node.partition("::")[2] in functions_of(node.partition("::")[0]) for node in told)
+    else:
+        reasons = {"refused": REFUSED_BY_SCRIPT, "ignored": IGNORED_BY_SCRIPT}[kind]
+        assert reasons[script][name] == told
 
 
 @pytest.mark.parametrize("name", LIST)

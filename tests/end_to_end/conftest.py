@@ -7,6 +7,25 @@ import pytest
 from end_to_end.training_runs import FAMILIES, Family, Pictures, Trained, arguments, draw_pictures, subset, write_toml
 
 Train = Callable[..., Trained]
+# Files whose tests look at what a family does. Those of the others pass through it: slow with all but the first.
+OF_EVERY_FAMILY = (
+    "test_files",
+    "test_masks",
+    "test_memory_options",
+    "test_metadata_keys",
+    "test_options",
+    "test_previews_and_report",
+    "test_reproducibility",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the tests that depend little on the family to a run of the slow ones, with all families but the first."""
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")  # type: ignore[attr-defined]
+        if family in FAMILIES[1:] and item.path.stem not in OF_EVERY_FAMILY:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.script, scope="session")

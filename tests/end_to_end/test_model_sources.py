@@ -101,13 +101,15 @@ def cached_on_the_hub(cache: Path, name: str, folder: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there")
 @pytest.mark.filterwarnings("ignore")  # of the hub's library, about the missing network
-def test_ids_in_the_hubs_cache_are_found_without_a_network(losses, train, config, other_vae, tmp_path, monkeypatch):
+def test_ids_in_the_hubs_cache_are_found_without_a_network(losses, config, other_vae, tmp_path, monkeypatch):
     cached_on_the_hub(tmp_path / "hub", MODEL_ID, SD15.folder())
     cached_on_the_hub(tmp_path / "hub", VAE_ID, other_vae / "vae")
     monkeypatch.setattr(
         huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub")
     )  # as HF_HUB_CACHE does at start
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    run = train(config, *STILL, "--pretrained_model_name_or_path", MODEL_ID, "--vae", VAE_ID)
+    argv = arguments(SD15, tmp_path, config, *STILL, "--pretrained_model_name_or_path", MODEL_ID, "--vae", VAE_ID)
+    assert SD15.run(*argv) == 0
+    run = Trained(tmp_path, tuple(argv))
     assert run.losses == pytest.approx(losses("--vae", other_vae), rel=1e-6)
     assert (run.metadata["ss_sd_model_name"], run.metadata["ss_vae_name"]) == (MODEL_ID, VAE_ID)

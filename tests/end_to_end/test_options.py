@@ -104,12 +104,12 @@ def test_an_8_bit_optimizer_trains(train, config):
 
 
 @pytest.mark.parametrize("option", [("--clip_skip", 2), ("--max_token_length", 225), ("--weighted_captions",)])
-def test_a_text_option_changes_what_the_model_reads(option, train, tmp_path):
+def test_a_text_option_changes_what_the_model_reads(option, family, train, tmp_path):
     save(tmp_path / "images", "a", np.full((64, 64, 3), 90, np.uint8), "(a very:1.4) long caption, " * 20)
     config = write_toml(tmp_path / "d.toml", subset(tmp_path / "images"))
     plain = train(config, "--max_train_steps", 1, name="plain")
     changed = train(config, "--max_train_steps", 1, *option, name="changed")
-    assert changed.losses[0] != plain.losses[0]
+    assert (changed.losses[0] == plain.losses[0]) is (option[0] in family.idle)
     assert changed.losses[0] == pytest.approx(plain.losses[0], rel=0.2)
 
 
@@ -123,9 +123,9 @@ def test_the_unet_alone_can_be_trained(train, config):
     assert "lr/textencoder" not in events(run)
 
 
-def test_the_text_encoder_alone_can_be_trained(train, config):
+def test_the_text_encoders_alone_can_be_trained(family, train, config):
     run = train(config, "--network_train_text_encoder_only")
-    assert groups(run) == {"te"}
+    assert groups(run) == set(family.text_groups)
     assert any(tensor.any() for name, tensor in run.tensors.items() if "lora_up" in name)
 
 

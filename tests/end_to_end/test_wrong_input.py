@@ -299,6 +299,8 @@ def attempt(tmp_path: Path, pictures: Pictures) -> Attempt:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__.replace("_", " "))
 def test_a_mistake_is_named_in_one_line(case: Case, attempt: Attempt, family: Family, capsys):
+    if case.__name__ in family.right:
+        pytest.skip("no mistake with this family")
     words = case(attempt)
     error = error_of(family, attempt, capsys)
     assert [word for word in words if word not in error] == [], error
@@ -368,13 +370,11 @@ def test_a_file_with_code_in_it_is_refused_and_the_code_not_run(option, attempt,
     assert not (attempt.folder / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "part", ["model.diffusion_model.middle_block", "cond_stage_model", "first_stage_model.encoder"]
-)
+@pytest.mark.parametrize("part", ["model.diffusion_model.middle_block", None, "first_stage_model.encoder"])
 @pytest.mark.parametrize("cache", [(), ("--cache_latents",)], ids=["decoded", "cached"])
 def test_a_checkpoint_with_nan_is_blamed_and_not_the_images(part, cache, attempt: Attempt, family: Family, capsys):
     """Looking for it at the start would read gigabytes, so that it is looked for when a loss breaks."""
-    tensors = load_file(family.checkpoint())
+    tensors, part = load_file(family.checkpoint()), part or family.text_prefix
     name = next(name for name, tensor in tensors.items() if name.startswith(part) and tensor.dim() > 1)
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, attempt.folder / "nan.safetensors")

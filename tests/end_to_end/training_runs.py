@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from library.batch import Batch
 from library.cli import main
 from library.models.family import ModelFamily, Parts
 
@@ -36,6 +37,16 @@ class Family:
     base_model_version: str
     architecture: str  # modelspec
     keys: str  # the reference's key names, in tests/data/networks
+    pipeline: str = "StableDiffusionPipeline"  # of diffusers
+    # how names in the last layer of the (first) text encoder begin, which --clip_skip 2 or the family leaves out, and
+    # in the layer before
+    last_layers: tuple[str, str] = tuple(f"lora_te_text_model_encoder_layers_{index}_" for index in (11, 10))
+    is_last_layer_read: bool = True
+    text_groups: tuple[str, ...] = ("te",)  # how names of text encoders' modules begin after lora_
+    text_prefix: str = "cond_stage_model"  # of a text encoder in a checkpoint
+    idle: tuple[str, ...] = ()  # options that other families have, and this one warns about
+    right: tuple[str, ...] = ()  # cases of test_wrong_input.py that are no mistakes with this family
+    lacks: str = "$^"  # a pattern for the keys of modules that the tiny checkpoint has fewer of than the true one
     switches: tuple[str, ...] = ()  # options that say which model of the family it is
     resolution: int = 64
 
@@ -75,7 +86,25 @@ SD21_V = replace(
     architecture="stable-diffusion-v2-768-v/lora",
     switches=("v2", "v_parameterization"),
 )
-FAMILIES = (SD15,)  # every test of whole runs; test_sd2.py tells what differs in the others
+SDXL = Family(
+    script="sdxl_train_network",
+    place="library.models.sdxl:Sdxl",
+    checkpoint=tiny_models.tiny_sdxl,
+    folder=tiny_models.tiny_sdxl_folder,
+    base_model_version="sdxl_base_v1-0",
+    architecture="stable-diffusion-xl-v1-base/lora",
+    keys="lora_keys_sdxl.json.gz",
+    pipeline="StableDiffusionXLPipeline",
+    last_layers=("lora_te1_text_model_encoder_layers_2_", "lora_te1_text_model_encoder_layers_1_"),
+    is_last_layer_read=False,
+    text_groups=("te1", "te2"),
+    text_prefix="conditioner.embedders.0",
+    idle=("--clip_skip",),
+    right=("checkpoint of SDXL", "network of SDXL", "layers that are not there"),
+    lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|_transformer_blocks_[2-9]_"
+    r"|_(input_blocks_[45]|output_blocks_[345])_1_transformer_blocks_1_",
+)
+FAMILIES = (SD15, SDXL)  # every test of whole runs; test_sd2.py tells what differs in the others
 
 
 @dataclass(frozen=True)
@@ -206,6 +235,12 @@ def metadata_of(file: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file."""
     with safe_open(file, "pt") as opened:
         return opened.metadata() or {}
+
+
+def uncropped_batch() -> Batch:
+    """Return a batch of one picture of 64 pixels of which only the sizes are known."""
+    size, corner = torch.tensor([[64, 64]]), torch.tensor([[0, 0]])
+    return Batch(("",), ("",), None, None, None, None, torch.ones(1), size, corner, size)
 
 
 def events_of(logs: Path) -> Any:

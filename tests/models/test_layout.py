@@ -1,13 +1,12 @@
 import pytest
 import torch
 
-from library.models import clip, unet, vae
+from library.models import clip, lora_targets, unet, vae
 from library.models.checkpoint import build_on_meta
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
 from library.models.layout import vae as vae_layout
 from library.models.layout.keys import KeyTable
-from library.models.sd import lora_targets_of
 from tests.models.reference import Shapes, base_keys, full_size, read
 
 
@@ -57,7 +56,7 @@ def test_the_last_of_24_openclip_layers_is_left_out():
 
 def test_sd15_lora_targets_are_the_references_in_its_order():
     denoiser, text, _ = full_size("sd15")
-    targets = list(lora_targets_of([text], denoiser))
+    targets = list(lora_targets.of([text], denoiser))
     variants = read("networks/lora_keys_sd15.json.gz")["variants"]
 
     def modules(variant):
@@ -73,7 +72,7 @@ def test_sd15_lora_targets_are_the_references_in_its_order():
 
 def test_sd21_has_138_text_192_unet_and_86_resnet_targets():
     denoiser, text, _ = full_size("sd21")
-    targets = list(lora_targets_of([text], denoiser))
+    targets = list(lora_targets.of([text], denoiser))
     assert sum(target.group == "text_encoder" for target in targets) == 138
     assert sum(target.group == "unet" and target.kind == "attention" for target in targets) == 192
     assert sum(target.kind == "resnet" for target in targets) == 86
@@ -81,7 +80,7 @@ def test_sd21_has_138_text_192_unet_and_86_resnet_targets():
 
 def test_sd21_projections_are_1x1_convolutions_as_the_reference_trains_them():
     denoiser, _, _ = full_size("sd21")
-    projections = [target for target in lora_targets_of([], denoiser) if target.name.endswith(("proj_in", "proj_out"))]
+    projections = [target for target in lora_targets.of([], denoiser) if target.name.endswith(("proj_in", "proj_out"))]
     assert len(projections) == 32
     assert all(target.module.weight.shape[2:] == (1, 1) for target in projections)
 
@@ -101,13 +100,13 @@ def test_sd21_projections_are_1x1_convolutions_as_the_reference_trains_them():
 )
 def test_a_target_stands_at_its_place_among_the_25_blocks(name, block):
     denoiser, _, _ = full_size("sd15")
-    assert {target.name: target.block for target in lora_targets_of([], denoiser)}[name] == block
+    assert {target.name: target.block for target in lora_targets.of([], denoiser)}[name] == block
 
 
 def test_text_encoder_targets_have_no_block():
     _, text, _ = full_size("sd15")
     nothing = build_on_meta(torch.nn.Identity)
-    assert {target.block for target in lora_targets_of([text], nothing)} == {None}
+    assert {target.block for target in lora_targets.of([text], nothing)} == {None}
 
 
 def test_a_longer_name_is_preferred_to_its_beginning():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from library.models.sd import Sd, lora_targets_of
+from library.models import lora_targets
+from library.models.sd import Sd
 from networks import lora
 
 VARIANTS = {
@@ -76,7 +77,7 @@ def test_diffusers_gives_our_own_forward(arguments, tiny, trained, tmp_path):
 
     folder, parts = tiny
     torch.manual_seed(0)
-    targets = tuple(lora_targets_of(parts.text_encoders, parts.denoiser))
+    targets = tuple(lora_targets.of(parts.text_encoders, parts.denoiser))
     network = lora.create_network(1.0, 4, 2.0, None, None, None, targets=targets, **arguments)
     trained(network, std=0.2)
     network.save_weights(tmp_path / "ours.safetensors", None, {})

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from library.errors import CheckpointError, OptionError
-from library.models.sd import Sd, lora_targets_of
+from library.models import lora_targets
+from library.models.sd import Sd
 from networks import files, lora, oft
 from networks.rotation import RotationLayer, change_of
 
@@ -150,7 +151,7 @@ def test_a_new_network_changes_nothing(small):
     ],
 )
 def test_the_modules_of_sd15_and_their_names_in_files(arguments, num_modules, example, parts):
-    targets = tuple(lora_targets_of(parts.text_encoders, parts.denoiser))
+    targets = tuple(lora_targets.of(parts.text_encoders, parts.denoiser))
     network = oft.create_network(1.0, 4, 1e-3, None, None, None, targets=targets, **arguments)
     tensors = network.state_dict()
     assert len(tensors) == 2 * num_modules

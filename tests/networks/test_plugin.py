@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from library.errors import OptionError
-from library.models.sd import Sd, lora_targets_of
+from library.models import lora_targets
+from library.models.sd import Sd
 from networks import plugin
 from networks.network import LoraNetwork
 
@@ -16,7 +17,7 @@ def models():
     import tiny_models
 
     parts = Sd().load(str(tiny_models.tiny_sd15()), None, torch.float32)
-    targets = tuple(lora_targets_of(parts.text_encoders, parts.denoiser))
+    targets = tuple(lora_targets.of(parts.text_encoders, parts.denoiser))
     return plugin.Models(parts.text_encoders, parts.denoiser, parts.vae, targets)
 
 

@@ -319,4 +319,34 @@ def test_help_lists_every_option_with_its_default(capsys: pytest.CaptureFixture[
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "Default: 1600." in text
-    assert all(f"--{name}" in text for group in GROUPS.values() for name in group.__dataclass_fields__)
+    names = {name for group in GROUPS.values() for name in group.__dataclass_fields__}
+    assert [name for name in names - set(OTHER_SCRIPTS) if f"--{name}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"),
+    [
+        (["--text_encoder_lr1=1e-5", "--text_encoder_lr2=2e-5"], (1e-5, 2e-5)),
+        (["--text_encoder_lr2=2e-5", "--learning_rate=1e-4"], (1e-4, 2e-5)),
+        (["--text_encoder_lr1=0", "--text_encoder_lr=3e-5"], (0.0, 3e-5)),
+        (["--text_encoder_lr1=1e-5", "--text_encoder_lr", "3e-5", "4e-5"], (1e-5, 4e-5)),
+        (["--text_encoder_lr", "3e-5", "4e-5"], (3e-5, 4e-5)),
+    ],
+)
+def test_a_rate_for_each_text_encoder_is_a_list_of_rates(given: list[str], rates: tuple[float, ...]):
+    options = read_training([*NEEDED, *given], "sdxl_train_network").options
+    assert options.network.text_encoder_lr == pytest.approx(rates)
+
+
+def test_what_a_script_cannot_carry_out_is_refused_or_warned_about():
+    with pytest.raises(OptionError, match=r"--v2 cannot be used with sdxl_train_network.py: .* train_network.py"):
+        read_training([*NEEDED, "--v2"], "sdxl_train_network")
+    (warning,) = read_training([*NEEDED, "--clip_skip=2"], "sdxl_train_network").warnings
+    assert warning.startswith("--clip_skip has no effect: SDXL")
+
+
+def test_help_lists_only_the_options_of_the_script(capsys: pytest.CaptureFixture[str]):
+    for script, is_there in (("train_network", False), ("sdxl_train_network", True)):
+        with pytest.raises(SystemExit):
+            read_training(["--help"], script)
+        assert ("--disable_mmap_load_safetensors" in capsys.readouterr().out) is is_there

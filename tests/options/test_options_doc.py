@@ -16,9 +16,19 @@ def test_every_option_has_one_row():
         "config_file",
         "output_config",
         *(each.name for each in (*REFUSED, *IGNORED, *GRANTED)),
-        *OTHER_SCRIPTS,
+        *(name for name in OTHER_SCRIPTS if name not in all_declared()),
     ]
     assert sorted(rows) == sorted(f"--{name}" for name in names)
+
+
+def test_an_option_of_certain_scripts_names_them():
+    (row,) = (line for line in render().splitlines() if line.startswith("| `--disable_mmap_load_safetensors`"))
+    assert "Only sdxl_train_network and sd3_train_network." in row
+
+
+def test_what_a_script_cannot_carry_out_has_a_row():
+    rows = [line for line in render().splitlines() if line.startswith("| sdxl_train_network |")]
+    assert [row.split("`")[1] for row in rows] == ["--v2", "--clip_skip"]
 
 
 def test_help_texts_are_sentences():

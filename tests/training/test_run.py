@@ -120,14 +120,14 @@ def test_fp16_without_a_gpu_is_refused() -> None:
 def test_each_accelerator_has_the_precision_of_its_run(argv) -> None:
     for precision in ("bf16", "no", "bf16"):
         options = options_of(argv, "--mixed_precision", precision)
-        assert run.make_accelerator(options, run.check(options, Sd())).mixed_precision == precision
+        assert run.make_accelerator(options, run.check(options, Sd()), Sd()).mixed_precision == precision
 
 
 def test_what_several_processes_do_is_passed_on_to_accelerate(argv) -> None:
     more = ("--ddp_timeout", "7", "--ddp_gradient_as_bucket_view", "--ddp_static_graph")
     for given, timeout in ((more, timedelta(minutes=7)), ((), None)):
         options = options_of(argv, *given)
-        accelerator = run.make_accelerator(options, run.check(options, Sd()))
+        accelerator = run.make_accelerator(options, run.check(options, Sd()), Sd())
         assert accelerator.ddp_handler.gradient_as_bucket_view == bool(given)
         assert accelerator.ddp_handler.static_graph == bool(given)
         assert (accelerator.init_handler and accelerator.init_handler.timeout) == timeout

@@ -1,4 +1,4 @@
-"""Names of CLIP text encoders: transformers' (SD 1.x) and OpenCLIP's (SD 2.x), and the order of their LoRA modules."""
+"""Names of CLIP text encoders: transformers' (SD 1.x) and OpenCLIP's (SD 2.x; SDXL has both), and of LoRA modules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from library.models.layout.keys import KeyTable, beneath
 
 SD1_PREFIX = "cond_stage_model.transformer."
 SD2_PREFIX = "cond_stage_model.model."
+SDXL_PREFIXES = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")  # CLIP-L's and bigG's
 NESTED = "text_model."  # a level of older transformers; some old SD 1.x files lack it too
 
 OPENCLIP_LAYER = (
@@ -22,6 +23,8 @@ OPENCLIP_OUTSIDE = (
     ("positional_embedding", "embeddings.position_embedding.weight"),
     ("ln_final", "final_layer_norm"),
 )
+# of the pooled text, if the encoder has one; OpenCLIP keeps it as (in, out), a linear layer as (out, in)
+PROJECTION, OPENCLIP_PROJECTION = "text_projection.weight", "text_projection"
 FUSED = ("q_proj", "k_proj", "v_proj")  # the order inside OpenCLIP's in_proj, along the output
 
 LORA_MODULES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")

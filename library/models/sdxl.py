@@ -1,0 +1,261 @@
+"""Stable Diffusion XL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.batch import Batch
+from library.errors import CheckpointError
+from library.models import checkpointing, clip, clip_tokens, folders, lora_targets, recognition, unet, vae
+from library.models.checkpoint import Prefixed, TensorSource, has_prefix, open_tensors, require
+from library.models.family import LatentSpace, LoraTarget, Parts
+from library.models.layout import clip as clip_layout
+from library.models.layout import unet as unet_layout
+from library.objectives.ddpm import Ddpm
+
+if TYPE_CHECKING:
+    from library.options.loss import LossOptions
+    from library.options.noise import NoiseOptions
+
+SCALE = 0.13025  # sd_xl_base.yaml, scale_factor
+LOGIT_SCALE = 4.6052  # ln 100: of OpenCLIP's comparison with pictures; nothing in training reads it
+TOKENIZERS = (clip_tokens.CLIP_L, clip_tokens.OPENCLIP_G)
+TEXT_FOLDERS = ("text_encoder", "text_encoder_2")  # of a diffusers folder
+OUTPUTS = ("hidden_states_1", "hidden_states_2", "pooled")  # of the text encoders, in the cache
+
+Text = tuple[Tensor, Tensor, Tensor]  # states of both text encoders (B, N, 768), (B, N, 1280); pooled text (B, 1280)
+
+
+@dataclass(frozen=True)
+class Sdxl:
+    """The SDXL family: how its files are loaded and its models called."""
+
+    v_parameterization: bool = False
+    max_token_length: int | None = None  # None and 75: one window; 150: two; 225: three
+    weighted_captions: bool = False
+    tokenizer_cache_dir: str | None = None
+    maps_files: bool = True  # whether model files are mapped into memory; otherwise read
+
+    name = "sdxl"
+    latent_space = LatentSpace(channels=4, scale=SCALE)
+    bucket_step_multiple = 32  # the U-Net halves latents twice
+    preview_side = 1024
+    other_networks = recognition.other_networks(recognition.SDXL)
+    leaves_text_layers_out = True  # of the first text encoder the last
+    base_model_version = "sdxl_base_v1-0"
+
+    @classmethod
+    def from_options(cls, options: Any) -> Sdxl:
+        """Return the family as the model options describe it."""
+        model = options.model
+        return cls(
+            v_parameterization=model.v_parameterization,
+            max_token_length=model.max_token_length,
+            weighted_captions=model.weighted_captions,
+            tokenizer_cache_dir=model.tokenizer_cache_dir,
+            maps_files=not model.disable_mmap_load_safetensors,
+        )
+
+    # ---- files -------------------------------------------------------------------------------------------------
+    def load(
+        self, checkpoint: str, vae_path: str | None, dtype: torch.dtype, vae_dtype: torch.dtype | None = None
+    ) -> Parts:
+        """Return the models of a single file, a diffusers folder or a hub id, on the CPU, frozen, in eval mode.
+
+        Args:
+            checkpoint: --pretrained_model_name_or_path.
+            vae_path: --vae: a VAE file, a full checkpoint, a folder or a hub id; None for the checkpoint's own.
+            dtype: of the U-Net and the text encoders.
+            vae_dtype: of the VAE, where it differs.
+
+        Raises:
+            CheckpointError: says what is wrong with the file and what to do.
+        """
+        return Parts(
+            self.load_denoiser(checkpoint, dtype),
+            self.load_text_encoders(checkpoint, dtype),
+            self.load_vae(checkpoint, vae_path, vae_dtype or dtype),
+        )
+
+    def load_denoiser(self, checkpoint: str, dtype: torch.dtype) -> nn.Module:
+        """Return the U-Net alone, as `load` does."""
+        if not folders.is_file(checkpoint):
+            return folders.load_denoiser(_base_folder(checkpoint), dtype, is_mapped=self.maps_files)
+        file = self._open(checkpoint)
+        second = Prefixed(file, clip_layout.SDXL_PREFIXES[1])
+        require(second, (clip_layout.OPENCLIP_PROJECTION,), "second text encoder")
+        pooled_width = second.shapes[clip_layout.OPENCLIP_PROJECTION][1]
+        return unet.build(Prefixed(file, unet_layout.PREFIX), True, dtype, pooled_width=pooled_width)
+
+    def load_text_encoders(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, ...]:
+        """Return both text encoders alone, as `load` does."""
+        if folders.is_file(checkpoint):
+            file = self._open(checkpoint)
+            first, second = (Prefixed(file, prefix) for prefix in clip_layout.SDXL_PREFIXES)
+            return clip.build(first, dtype), clip.build_openclip(second, dtype, has_projection=True)
+        folder = _base_folder(checkpoint)
+        return tuple(
+            folders.load_text_encoder(folder, dtype, part, has_projection=has_projection, is_mapped=self.maps_files)
+            for part, has_projection in zip(TEXT_FOLDERS, (False, True), strict=True)
+        )
+
+    def load_vae(self, checkpoint: str, vae_path: str | None, dtype: torch.dtype) -> nn.Module:
+        """Return the VAE alone, as `load` does."""
+        return vae.build(open_tensors(folders.vae_file(vae_path or checkpoint), is_mapped=self.maps_files), dtype)
+
+    def _open(self, checkpoint: str) -> TensorSource:
+        """Return the tensors of a base model's checkpoint in the original layout."""
+        file = open_tensors(Path(checkpoint), is_mapped=self.maps_files)
+        recognition.check(file, recognition.SDXL)
+        if has_prefix(file, "conditioner.embedders.0.model."):
+            raise CheckpointError(f"{checkpoint}: is SDXL's refiner, which has another U-Net. Give the base model.")
+        return file
+
+    def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
+        """Return 32 hex digits that identify the VAE's encoder, read without loading the model.
+
+        Raises:
+            CheckpointError: the file is not there, not readable or holds no VAE.
+        """
+        return vae.fingerprint(open_tensors(folders.vae_file(vae_path or checkpoint)))
+
+    def text_identity(self, checkpoint: str) -> str:
+        """Return what identifies the text encoders, how they are called and how captions become tokens.
+
+        At most 8 rows of each tensor are read.
+
+        Raises:
+            CheckpointError: the file is not there, not readable or holds no text encoders.
+        """
+        if folders.is_file(checkpoint):
+            file = self._open(checkpoint)
+            sources: list[TensorSource] = [Prefixed(file, prefix) for prefix in clip_layout.SDXL_PREFIXES]
+        else:
+            folder = _base_folder(checkpoint)
+            sources = [open_tensors(folders.text_encoder_file(folder, part)) for part in TEXT_FOLDERS]
+        called = [f"windows {clip_tokens.num_windows(self.max_token_length)}", *(["weights"] * self.weighted_captions)]
+        words = [clip_tokens.vocabulary_name(self.tokenizer_cache_dir, kind.name) for kind in TOKENIZERS]
+        return " ".join([*map(clip.fingerprint, sources), *called, *words])
+
+    # ---- text --------------------------------------------------------------------------------------------------
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Return the captions' tokens for both text encoders, (B, windows, 2, 77) int64.
+
+        With weighted_captions (B, windows, 2, 2, 77) float32: of each the tokens and their weights.
+        """
+        tokens = [
+            clip_tokens.tokenize(
+                captions,
+                kind,
+                clip_tokens.num_windows(self.max_token_length),
+                has_weights=self.weighted_captions,
+                cache_dir=self.tokenizer_cache_dir,
+            )
+            for kind in TOKENIZERS
+        ]
+        return torch.stack(tokens, dim=2)
+
+    def encode_text(self, parts: Parts, tokens: Tensor) -> Text:
+        """Return the states of both text encoders, N = 75 * windows + 2, and the pooled text of the first window.
+
+        Each window is encoded alone. Weights multiply a token's hidden states, without renormalising; the pooled text
+        has none.
+        """
+        tokens, weights = clip_tokens.split_weights(tokens)
+        num_windows = tokens.shape[1]
+        joined = []
+        for index, text_encoder in enumerate(parts.text_encoders):
+            own = tokens[:, :, index].flatten(0, 1)
+            states, last = clip.penultimate_states(text_encoder, own)
+            joined.append(clip.join(states, num_windows, None if weights is None else weights[:, :, index]))
+        pooled = clip.pooled_text(text_encoder, last[::num_windows], own[::num_windows])
+        return joined[0], joined[1], pooled
+
+    def text_outputs(self, text: Text) -> dict[str, Tensor]:
+        """Return the states of both text encoders and the pooled text by their names in the cache."""
+        return dict(zip(OUTPUTS, text, strict=True))
+
+    def text_of(self, outputs: Mapping[str, Tensor]) -> Text:
+        """Return what `text_outputs` gave as `predict` takes it."""
+        first, second, pooled = (outputs[name] for name in OUTPUTS)
+        return first, second, pooled
+
+    # ---- images ------------------------------------------------------------------------------------------------
+    def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return latents (B, 4, h, w), not scaled, of images (B, 3, H, W) in [-1, 1].
+
+        Args:
+            parts: only the VAE is used.
+            images: on the VAE's device.
+            noise: (B, 4, h, w) standard normal, which decides the draw from the VAE's distribution; None: fresh.
+        """
+        assert parts.vae is not None, "images are encoded while there is a VAE"
+        return vae.encode(parts.vae, images, noise)
+
+    def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: Text, batch: Batch) -> Tensor:
+        """Return the U-Net's output (B, 4, h, w): noise, or velocity for a v-parameterised model.
+
+        Args:
+            parts: only the denoiser is used.
+            noisy: (B, 4, h, w) in latent space.
+            timesteps: (B,) int64 in [0, 1000).
+            text: from `encode_text`.
+            batch: for the sizes of the pictures and where they were cropped.
+        """
+        first, second, pooled = text
+        sizes = torch.cat([batch.original_sizes, batch.crop_top_lefts, batch.target_sizes], dim=1)  # (B, 6)
+        told = {"text_embeds": pooled, "time_ids": sizes.to(noisy.device)}
+        states = torch.cat([first, second], dim=-1)
+        return parts.denoiser(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=told).sample
+
+    # ---- training ----------------------------------------------------------------------------------------------
+    def objective(self, noise: NoiseOptions, loss: LossOptions) -> Ddpm:
+        """Return how latents are noised and what the U-Net's output is compared with."""
+        return Ddpm.from_options(noise, loss, self.v_parameterization)
+
+    def lora_targets(self, parts: Parts) -> Iterator[LoraTarget]:
+        """Yield every module that a LoRA can adapt, in the order of LoRA files: text encoders, then U-Net."""
+        for index, text_encoder in enumerate(parts.text_encoders):
+            yield from lora_targets.of_text_encoder(text_encoder, f"lora_te{index + 1}", index)
+        yield from lora_targets.of_unet_by_original_names(parts.denoiser)
+
+    def enable_gradient_checkpointing(
+        self, parts: Parts, train_text_encoder: bool, *, is_offloaded: bool = False
+    ) -> None:
+        """Compute the U-Net's, and on demand the text encoders', activations twice; see `checkpointing.enable`."""
+        trained = parts.text_encoders if train_text_encoder else ()
+        checkpointing.enable(parts.denoiser, trained, is_offloaded=is_offloaded)
+
+    def set_attention(self, parts: Parts, kind: str) -> None:
+        """Choose the U-Net's attention: "sdpa" or "xformers" (a warning and sdpa where that cannot be used)."""
+        unet.set_attention(parts.denoiser, kind)
+
+
+def _base_folder(checkpoint: str) -> Path:
+    """Return the folder of SDXL's base model in diffusers' layout. Raises: CheckpointError: it is another's."""
+    folder = folders.model_folder(checkpoint, recognition.SDXL)
+    if not all((folder / part).is_dir() for part in TEXT_FOLDERS):
+        raise CheckpointError(
+            f"{folder}: has no two text encoders, so it is not SDXL's base model. "
+            "Give a folder with text_encoder and text_encoder_2."
+        )
+    return folder
+
+
+def original_tensors(parts: Parts) -> dict[str, Tensor]:
+    """Return all weights under their names in a single-file checkpoint, as other tools expect them."""
+    assert parts.vae is not None, "only whole models are written"
+    (first, second), (first_prefix, second_prefix) = parts.text_encoders, clip_layout.SDXL_PREFIXES
+    return (
+        unet.original_tensors(parts.denoiser, linear_projection=True)
+        | vae.original_tensors(parts.vae)
+        | clip.original_tensors(first, openclip=False, prefix=first_prefix)
+        | clip.original_tensors(second, openclip=True, prefix=second_prefix)
+        | {f"{second_prefix}logit_scale": torch.tensor(LOGIT_SCALE)}
+    )
