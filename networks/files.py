@@ -17,6 +17,7 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.metadata import with_hashes
 from library.models.family import LoraTarget
+from library.models.layout import lora_names
 from library.whole_file import whole_file
 from networks import merging
 
@@ -108,8 +109,25 @@ def write(
             torch.save(stored, partial)
 
 
+def in_known_names(tensors: Mapping[str, Tensor], origin: object) -> dict[str, Tensor]:
+    """Return a file's tensors under the names that commands look for, told by the names alone; see also `renamed`.
+
+    Those of SDXL after diffusers' U-Net are renamed after the original layout; others keep theirs.
+
+    Raises: CheckpointError where the file has a tensor under both names.
+    """
+    stems = {name.partition(".")[0] for name in tensors}
+    if lora_names.family_of(stems) != lora_names.SDXL:
+        return dict(tensors)
+    renamed = {lora_names.in_original_layout(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        twice = next(n for n in tensors if n != lora_names.in_original_layout(n) in tensors)
+        raise CheckpointError(f"{origin}: {twice} is there a second time as {lora_names.in_original_layout(twice)}.")
+    return renamed
+
+
 def modules_in(tensors: Mapping[str, Tensor], origin: str) -> dict[str, StoredModule]:
-    """Return what a file holds by module name.
+    """Return what a file holds by module name, SDXL's modules after the original layout.
 
     Args:
         tensors: as read.
@@ -118,6 +136,7 @@ def modules_in(tensors: Mapping[str, Tensor], origin: str) -> dict[str, StoredMo
     Raises:
         CheckpointError: no module at all, half a module, or ranks that do not fit together.
     """
+    tensors = in_known_names(tensors, origin)
     names = [name.removesuffix(DOWN) for name in tensors if name.endswith(DOWN)]
     if not names:
         example = next(iter(tensors), "no tensors")

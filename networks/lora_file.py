@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library import metadata
 from library.errors import CheckpointError
+from library.models.layout import lora_names
 from library.options.metadata import MetadataOptions
 from networks import files
 from networks.files import ALPHA, DOWN, UP, StoredModule
@@ -51,7 +52,7 @@ def open_lora(path: Path, dtype: torch.dtype = torch.float32) -> LoraFile:
 
     Raises: CheckpointError for a file that is no plain LoRA, or holds numbers that are none.
     """
-    tensors = files.read(path)
+    tensors = files.in_known_names(files.read(path), path)
     other = [name for name in tensors if name.endswith(OTHER_MATHS)]
     if other:
         raise CheckpointError(f"{path}: {other[0]} shows another method than plain LoRA, which cannot be merged here.")
@@ -137,11 +138,8 @@ def merged_header(
 
 def _version_of(names: Iterable[str], *, is_v2: bool) -> str:
     """Return the base model that modules are for, by their names; "" for one that is not known here."""
-    stems = list(names)
-    if any(name.startswith(("lora_te1_", "lora_te2_", "lora_unet_input_blocks_")) for name in stems):
-        return "" if any("joint_blocks" in name for name in stems) else "sdxl_base_v1-0"
-    is_sd = any(name.startswith(("lora_te_", "lora_unet_down_blocks_", "lora_unet_mid_block_")) for name in stems)
-    return ("sd_v2" if is_v2 else "sd_v1") if is_sd else ""
+    versions = {lora_names.SD: "sd_v2" if is_v2 else "sd_v1", lora_names.SDXL: "sdxl_base_v1-0"}
+    return versions.get(lora_names.family_of(names) or "", "")
 
 
 def merged_from(sources: Iterable[tuple[Path, Mapping[str, str]]]) -> str:
