@@ -18,21 +18,25 @@ SD, SDXL, SD3 = "sd", "sdxl", "sd3"
 TITLES = {SD: "Stable Diffusion 1.x or 2.x", SDXL: "SDXL", SD3: "Stable Diffusion 3"}
 
 _DIFFUSERS = re.compile(UNET + r"(down_blocks|up_blocks|mid_block)_")
-_SIGNS = (  # (what a module's name starts with, whose it is); the first that any name has decides
+_SIGNS = (  # (what some module's name starts with, whose it is)
     (SD3, re.compile(UNET + r"joint_blocks_|lora_te3_")),
     (SDXL, re.compile(UNET + r"(input_blocks|middle_block|output_blocks)_")),
     # The finest level of SDXL has no attention, and there is no fourth.
     (SD, re.compile(rf"lora_te_|{UNET}(down_blocks_0_attentions|up_blocks_2_attentions|(down|up)_blocks_3)_")),
-    # Nor has SD 1.x or 2.x a second text encoder, or a second transformer block anywhere.
+    # SD 1.x and 2.x have no second text encoder, and nowhere a second transformer block.
     (SDXL, re.compile(rf"lora_te[12]_|{UNET}(down_blocks|up_blocks|mid_block)_.*_transformer_blocks_[1-9]_")),
-    (SD, re.compile(UNET + r"(down_blocks|up_blocks|mid_block)_")),
 )
 
 
 def family_of(names: Iterable[str]) -> str | None:
-    """Return SD, SDXL or SD3, whichever names in a LoRA file show; None where they show nothing."""
+    """Return SD, SDXL or SD3, whichever names in a LoRA file show; None where they show none, or several."""
     known = list(names)
-    return next((family for family, sign in _SIGNS if any(sign.match(name) for name in known)), None)
+    shown = {family for family, sign in _SIGNS if any(sign.match(name) for name in known)}
+    if SD3 in shown:
+        shown.discard(SDXL)  # it has those two text encoders as well
+    if not shown and any(_DIFFUSERS.match(name) for name in known):
+        return SD
+    return shown.pop() if len(shown) == 1 else None
 
 
 def in_original_layout(name: str) -> str:
