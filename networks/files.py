@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from library.metadata import with_hashes
 from library.models.family import LoraTarget
 from library.models.layout import lora_names
 from library.whole_file import whole_file
-from networks import merging
+from networks import diffusers_names, merging
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,33 @@ class StoredModule:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA file by name, on the CPU.
+    """Return the tensors of a LoRA file, on the CPU, under the names that are known here, whichever tool wrote it.
+
+    Those of diffusers are replaced, and SDXL's after diffusers' U-Net become those of the original layout.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else than tensors.
+    """
+    tensors = read_as_named(path)
+    return _in_known_names(diffusers_names.converted(tensors, header_of(Path(path)), path), path)
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; nothing for other kinds of file.
+
+    Raises: CheckpointError for a damaged file.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(str(path), "pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}).") from None
+
+
+def read_as_named(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA file by the names that it has, on the CPU.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else than tensors.
@@ -109,10 +135,8 @@ def write(
             torch.save(stored, partial)
 
 
-def in_known_names(tensors: Mapping[str, Tensor], origin: object) -> dict[str, Tensor]:
-    """Return a file's tensors under the names that commands look for, told by the names alone; see also `renamed`.
-
-    Those of SDXL after diffusers' U-Net are renamed after the original layout; others keep theirs.
+def _in_known_names(tensors: Mapping[str, Tensor], origin: object) -> dict[str, Tensor]:
+    """Return a file's tensors, those of SDXL after diffusers' U-Net renamed after the original layout.
 
     Raises: CheckpointError where the file has a tensor under both names.
     """
@@ -127,7 +151,7 @@ def in_known_names(tensors: Mapping[str, Tensor], origin: object) -> dict[str, T
 
 
 def modules_in(tensors: Mapping[str, Tensor], origin: str) -> dict[str, StoredModule]:
-    """Return what a file holds by module name, SDXL's modules after the original layout.
+    """Return what a file holds by module name.
 
     Args:
         tensors: as read.
@@ -136,7 +160,6 @@ def modules_in(tensors: Mapping[str, Tensor], origin: str) -> dict[str, StoredMo
     Raises:
         CheckpointError: no module at all, half a module, or ranks that do not fit together.
     """
-    tensors = in_known_names(tensors, origin)
     names = [name.removesuffix(DOWN) for name in tensors if name.endswith(DOWN)]
     if not names:
         example = next(iter(tensors), "no tensors")

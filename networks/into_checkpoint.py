@@ -20,7 +20,7 @@ from networks import files, streaming
 from networks.block_weights import BlockWeights
 from networks.checkpoint_places import SD2, SDXL, Kind, Place, places
 from networks.files import StoredModule
-from networks.lora_file import LoraFile, header_of, merged_from, modelspec_of
+from networks.lora_file import LoraFile, merged_from, modelspec_of
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def _write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def header_for(file: TensorSource, kind: Kind, shares: Sequence[Share], save_to: Path) -> dict[str, str]:
     """Return the modelspec.* metadata of a merged checkpoint."""
-    own = header_of(file.path)
+    own = files.header_of(file.path)
     says = own.get("modelspec.prediction_type")
     if says is None and kind is SD2:
         log.warning("%s does not say how it predicts; the merged file is labelled as v-prediction", file.path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from library import metadata
@@ -33,26 +33,12 @@ class LoraFile:
     metadata: Mapping[str, str]
 
 
-def header_of(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file; nothing for other kinds of file.
-
-    Raises: CheckpointError for a damaged file.
-    """
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(str(path), "pt") as opened:
-            return opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}).") from None
-
-
 def open_lora(path: Path, dtype: torch.dtype = torch.float32) -> LoraFile:
     """Return a LoRA file, its tensors rounded to dtype.
 
     Raises: CheckpointError for a file that is no plain LoRA, or holds numbers that are none.
     """
-    tensors = files.in_known_names(files.read(path), path)
+    tensors = files.read(path)
     other = [name for name in tensors if name.endswith(OTHER_MATHS)]
     if other:
         raise CheckpointError(f"{path}: {other[0]} shows another method than plain LoRA, which cannot be merged here.")
@@ -64,7 +50,7 @@ def open_lora(path: Path, dtype: torch.dtype = torch.float32) -> LoraFile:
         if not (module.down.isfinite().all() and module.up.isfinite().all()):
             raise CheckpointError(f"{path}: {name} holds numbers that are infinite or none at all (NaN).")
         modules[name] = StoredModule(module.down.to(dtype), module.up.to(dtype), module.alpha)
-    return LoraFile(path, modules, header_of(path))
+    return LoraFile(path, modules, files.header_of(path))
 
 
 def tensors_of(modules: Mapping[str, StoredModule]) -> dict[str, Tensor]:

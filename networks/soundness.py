@@ -21,7 +21,7 @@ def check(file: str, option: str, other_networks: Sequence[tuple[str, str, str]]
     Raises: CheckpointError for a file that is not readable, is no network's or one for another family, or holds
         numbers that are none; the message names the tensor.
     """
-    tensors = files.in_known_names(files.read(file), file)
+    tensors = files.read(file)
     for start, kind, script in other_networks:
         if any(name.startswith(start) for name in tensors):
             raise CheckpointError(f"{option} {file}: is {kind}. Train it with {script}.")

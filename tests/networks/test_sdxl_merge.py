@@ -18,11 +18,13 @@ from lora_samples import (
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sd15, tiny_sd21, tiny_sdxl
 
+from library.errors import CheckpointError
 from library.models.checkpoint import open_tensors
 from library.models.layout import lora_names
 from library.models.sdxl import Sdxl
 from networks import lora, merge_lora, resize_lora, sdxl_merge_lora, svd_merge_lora
 from networks.checkpoint_places import SDXL, places
+from networks.diffusers_names import converted
 from networks.files import modules_in
 from tests.models.reference import Shapes, base_keys, read
 
@@ -370,3 +372,91 @@ def test_an_sdxl_lora_after_diffusers_names_is_refused_by_the_other_tool(capsys,
 
 def test_nothing_is_left_open_in_the_places_of_the_tiny_model(whole):
     assert set(modules_in(load_file(whole), "")) == set(places(open_tensors(tiny_sdxl()), SDXL))
+
+
+# ---- files of diffusers --------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def of_diffusers(tmp_path_factory):
+    """A LoRA as diffusers saves it, and what it computes with: the parts with the adapters on."""
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    family = Sdxl()
+    parts = family.load(str(tiny_sdxl()), None, torch.float32)
+    models = dict(zip(("unet", "text_encoder", "text_encoder_2"), (parts.denoiser, *parts.text_encoders), strict=True))
+    settings = {
+        "unet": LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_out.0", "proj_in", "conv1"],
+                           alpha_pattern={"to_q": 3}, init_lora_weights=False),
+        "text_encoder": LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj"], init_lora_weights=False),
+        "text_encoder_2": LoraConfig(r=4, lora_alpha=1, target_modules=["k_proj", "fc1"], use_rslora=True,
+                                     init_lora_weights=False),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    for name, model in models.items():
+        model.add_adapter(settings[name])
+    folder = tmp_path_factory.mktemp("diffusers")
+    layers = {f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in models.items()}
+    StableDiffusionXLPipeline.save_lora_weights(folder, **layers, **_collate_lora_metadata(models))
+    return folder / "pytorch_lora_weights.safetensors", parts
+
+
+def test_a_file_of_diffusers_does_to_a_model_what_it_does_there(tmp_path, of_diffusers):
+    file, parts = of_diffusers
+    merged = tmp_path / "out.safetensors"
+    merge([file], [1], merged, model=tiny_sdxl())
+    family = Sdxl()
+    tokens = family.tokenize(["a cat on a mat"])
+    ours = family.load(str(merged), None, torch.float32)
+    plain = family.load(str(tiny_sdxl()), None, torch.float32)
+    with torch.no_grad():
+        theirs, found, without = (family.encode_text(each, tokens) for each in (parts, ours, plain))
+    for index, text in enumerate(theirs):
+        torch.testing.assert_close(found[index], text, rtol=0, atol=1e-4)
+        assert (without[index] - text).abs().max() > 1e-2
+    noisy, told = torch.randn(1, 4, 16, 16), {"text_embeds": theirs[2], "time_ids": torch.ones(1, 6)}
+    states = torch.cat(theirs[:2], dim=-1)
+    with torch.no_grad():
+        outputs = [
+            each.denoiser(noisy, 500, encoder_hidden_states=states, added_cond_kwargs=told).sample
+            for each in (parts, ours, plain)
+        ]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-4)
+    assert (outputs[2] - outputs[0]).abs().max() > 1e-2
+
+
+def test_training_goes_on_from_a_file_of_diffusers(of_diffusers):
+    file, _ = of_diffusers
+    family = Sdxl()
+    parts = family.load(str(tiny_sdxl()), None, torch.float32)
+    targets = tuple(family.lora_targets(parts))
+    network, _ = lora.create_network_from_weights(1.0, file, None, None, None, targets=targets)
+    said = network.load_weights(file)
+    count = len(network.state_dict())
+    assert said.endswith(f"{count} of {count} tensors loaded")
+    alphas = {name: layer.alpha.item() for name, layer in ((each.target.name, each) for each in network.layers)}
+    assert alphas["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"] == 3
+    assert alphas["lora_unet_input_blocks_4_1_proj_in"] == 6
+    assert alphas["lora_te1_text_model_encoder_layers_0_self_attn_q_proj"] == 3
+    assert alphas["lora_te2_text_model_encoder_layers_0_mlp_fc1"] == 2  # of rank 4, rank-stabilised
+
+
+def test_a_file_of_diffusers_for_sd15_has_one_text_encoder():
+    names = {
+        "unet.down_blocks.0.attentions.0.proj_in.lora.down.weight": torch.ones(1, 4, 1, 1),
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight": torch.ones(4, 1),
+    }
+    assert set(converted(names, {}, "x")) == {
+        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+    }
+
+
+def test_a_file_of_diffusers_with_other_maths_is_refused():
+    names = {
+        "unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(1, 4),
+        "unet.mid_block.attentions.0.proj_in.lora_magnitude_vector": torch.ones(4),
+    }
+    with pytest.raises(CheckpointError, match="lora_magnitude_vector shows another method than plain LoRA"):
+        converted(names, {}, "x")
