@@ -49,7 +49,12 @@ def converted(tensors: Mapping[str, Tensor], header: Mapping[str, str], origin: 
     if other := next((name for name in tensors if _OTHER_MATHS in name), None):
         raise CheckpointError(f"{origin}: {other} shows another method than plain LoRA, which cannot be read here.")
     prefixes = _prefixes([parts.groups() for parts in found.values()])
-    settings: Mapping[str, Any] = json.loads(header.get(METADATA, "{}"))
+    try:
+        settings: Mapping[str, Any] = json.loads(header.get(METADATA, "{}"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{origin}: {METADATA} in its header is no JSON ({error}), so alphas are unknown."
+        ) from None
     renamed = {name: tensor for name, tensor in tensors.items() if name not in found}
     for name, parts in found.items():
         part, path, ending = parts.groups()

@@ -20,7 +20,8 @@ from networks import files, streaming
 from networks.block_weights import BlockWeights
 from networks.checkpoint_places import SD2, SDXL, Kind, Place, places
 from networks.files import StoredModule
-from networks.lora_file import LoraFile, merged_from, modelspec_of
+from networks.lora_file import AdapterFile, merged_from, modelspec_of
+from networks.rotation import StoredRotation
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,10 @@ V_PREDICTION = "v_pred"  # an empty tensor in SDXL models that predict velocity
 
 @dataclass(frozen=True)
 class Addition:
-    """One module of a LoRA, to be added to a weight."""
+    """One module of a file, to be merged into a weight."""
 
     place: Place
-    module: StoredModule
+    module: StoredModule | StoredRotation
     ratio: float
 
 
@@ -40,7 +41,7 @@ class Addition:
 class Share:
     """A LoRA file and how much of it is added."""
 
-    lora: LoraFile
+    lora: AdapterFile
     ratio: float
     weights: BlockWeights | None = None  # of its blocks, beside the ratio
 
@@ -101,7 +102,15 @@ def plan(file: TensorSource, target: Target, shares: Sequence[Share]) -> dict[st
     return additions
 
 
-def _check_shape(origin: Path, name: str, module: StoredModule, place: Place) -> None:
+def _check_shape(origin: Path, name: str, module: StoredModule | StoredRotation, place: Place) -> None:
+    if isinstance(module, StoredRotation):
+        num_blocks, size, _ = module.blocks.shape
+        if num_blocks * size != place.shape[0]:
+            raise CheckpointError(
+                f"{origin}: {name} rotates {num_blocks * size} outputs, the model's layer has {place.shape[0]}. "
+                "Is it for another model?"
+            )
+        return
     inner = tuple(module.down.shape[1:])
     fits = math.prod(inner) == math.prod(place.shape[1:]) and inner[0] == place.shape[1]
     if module.up.shape[0] != place.shape[0] or not fits:

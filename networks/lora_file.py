@@ -17,20 +17,46 @@ from library.models.layout import lora_names
 from library.options.metadata import MetadataOptions
 from networks import files
 from networks.files import ALPHA, DOWN, UP, StoredModule
+from networks.rotation import BLOCKS, StoredRotation, rotations_in
 
 log = logging.getLogger(__name__)
 
 OTHER_MATHS = (".lora_mid.weight", ".dora_scale")  # names that mean that the update is not up @ down alone
 DYNAMIC = "Dynamic"
+OFT_UNET = "oft_unet_"  # in files of networks.oft, where a LoRA has lora_unet_
 
 
 @dataclass(frozen=True)
-class LoraFile:
-    """A LoRA file's content."""
+class AdapterFile:
+    """The content of a file of any kind that can be merged into a model."""
 
     path: Path
-    modules: Mapping[str, StoredModule]
+    modules: Mapping[str, StoredModule | StoredRotation]
     metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LoraFile(AdapterFile):
+    """A LoRA file's content."""
+
+    modules: Mapping[str, StoredModule]
+
+
+def open_adapter(path: Path, dtype: torch.dtype = torch.float32) -> AdapterFile:
+    """Return a file of networks.lora or networks.oft, its tensors rounded to dtype; modules named as in a LoRA.
+
+    Raises: CheckpointError for a file of another kind, or one that holds numbers that are none.
+    """
+    tensors = files.read(path)
+    if not any(name.endswith(BLOCKS) for name in tensors):
+        return _lora_of(tensors, path, dtype)
+    modules = {}
+    for name, rotation in rotations_in(tensors, str(path)).items():
+        if not rotation.blocks.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds numbers that are infinite or none at all (NaN).")
+        named = name.replace(OFT_UNET, lora_names.UNET, 1) if name.startswith(OFT_UNET) else name
+        modules[named] = StoredRotation(rotation.blocks.to(dtype), rotation.alpha)
+    return AdapterFile(path, modules, files.header_of(path))
 
 
 def open_lora(path: Path, dtype: torch.dtype = torch.float32) -> LoraFile:
@@ -38,7 +64,10 @@ def open_lora(path: Path, dtype: torch.dtype = torch.float32) -> LoraFile:
 
     Raises: CheckpointError for a file that is no plain LoRA, or holds numbers that are none.
     """
-    tensors = files.read(path)
+    return _lora_of(files.read(path), path, dtype)
+
+
+def _lora_of(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> LoraFile:
     other = [name for name in tensors if name.endswith(OTHER_MATHS)]
     if other:
         raise CheckpointError(f"{path}: {other[0]} shows another method than plain LoRA, which cannot be merged here.")

@@ -64,20 +64,26 @@ def merge(
 
     from networks import combining, into_checkpoint
     from networks.checkpoint_places import KINDS
-    from networks.lora_file import merged_header, open_lora, write_lora
+    from networks.lora_file import merged_header, open_adapter, open_lora, write_lora
 
     work_dtype = command_line.dtype_of(options.precision)
     saved = command_line.dtype_of(options.save_precision) or work_dtype
-    loras = [open_lora(path, work_dtype) for path, _ in given]
-    own_weights = weights or [None] * len(loras)
-    for lora in loras:
-        check_family(own_weights, list(lora.modules), lora.path)
-    parts = [(lora, ratio, own) for lora, (_, ratio), own in zip(loras, given, own_weights, strict=True)]
+    own_weights = weights or [None] * len(given)
     if model is not None:
         target = into_checkpoint.Target(model, KINDS[version], advice)
         output = into_checkpoint.Output(save_to, work_dtype, saved, with_metadata=not options.no_metadata)
-        into_checkpoint.merge(target, [into_checkpoint.Share(*part) for part in parts], output)
+        shares = [
+            into_checkpoint.Share(open_adapter(path, work_dtype), ratio, own)
+            for (path, ratio), own in zip(given, own_weights, strict=True)
+        ]
+        for share in shares:
+            check_family(own_weights, list(share.lora.modules), share.lora.path)
+        into_checkpoint.merge(target, shares, output)
         return
+    loras = [open_lora(path, work_dtype) for path, _ in given]
+    for lora in loras:
+        check_family(own_weights, list(lora.modules), lora.path)
+    parts = [(lora, ratio, own) for lora, (_, ratio), own in zip(loras, given, own_weights, strict=True)]
     modules = combining.merge(combining.terms_of(parts), concat=options.concat, shuffle=options.shuffle)
     modules = combining.rounded(modules, work_dtype)
     header = merged_header(modules, loras, save_to, with_modelspec=not options.no_metadata)

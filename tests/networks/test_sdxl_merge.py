@@ -21,8 +21,9 @@ from tiny_models import tiny_sd15, tiny_sd21, tiny_sdxl
 from library.errors import CheckpointError
 from library.models.checkpoint import open_tensors
 from library.models.layout import lora_names
+from library.models.sd import Sd
 from library.models.sdxl import Sdxl
-from networks import lora, merge_lora, resize_lora, sdxl_merge_lora, svd_merge_lora
+from networks import lora, merge_lora, oft, resize_lora, sdxl_merge_lora, svd_merge_lora
 from networks.checkpoint_places import SDXL, places
 from networks.diffusers_names import converted
 from networks.files import modules_in
@@ -460,3 +461,43 @@ def test_a_file_of_diffusers_with_other_maths_is_refused():
     }
     with pytest.raises(CheckpointError, match="lora_magnitude_vector shows another method than plain LoRA"):
         converted(names, {}, "x")
+
+
+# ---- rotations -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_file_of_networks_oft_is_merged_as_base_weights_merge_it(tmp_path, name):
+    make, command, family = {
+        "sd15": (tiny_sd15, merge_lora, Sd()),
+        "sdxl": (tiny_sdxl, sdxl_merge_lora, Sdxl()),
+    }[name]
+    parts = family.load(str(make()), None, torch.float32)
+    targets = tuple(family.lora_targets(parts))
+    network = oft.create_network(0.5, 4, 0.1, None, None, None, targets=targets, enable_conv="true")
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.normal_()
+    file, out = tmp_path / "oft.safetensors", tmp_path / "out.safetensors"
+    network.save_weights(file, None, {})
+    argv = ["--sd_model", make(), "--models", file, "--ratios", 0.5, "--save_to", out]
+    assert command.main([str(each) for each in argv]) == 0
+    network.merge_to(None, None, load_file(file))
+    merged = family.load(str(out), None, torch.float32).denoiser.state_dict()
+    for key, tensor in parts.denoiser.state_dict().items():
+        torch.testing.assert_close(merged[key], tensor, rtol=0, atol=1e-6)
+    changed = {key for key, tensor in load_file(make()).items() if not torch.equal(tensor, load_file(out)[key])}
+    assert len(changed) == len(network.layers)
+
+
+def test_a_rotation_of_another_width_is_refused(capsys, tmp_path):
+    file = tmp_path / "oft.safetensors"
+    stem = "oft_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+    save_file({f"{stem}.oft_blocks": torch.zeros(2, 3, 3), f"{stem}.alpha": torch.tensor(0.1)}, file)
+    argv = ["--sd_model", tiny_sdxl(), "--models", file, "--ratios", 1, "--save_to", tmp_path / "out.safetensors"]
+    assert "rotates 6 outputs, the model's layer has 64" in refusal(capsys, *argv)
+
+
+def test_rotations_are_not_added_to_each_other(capsys, tmp_path):
+    file = tmp_path / "oft.safetensors"
+    save_file({"oft_unet_x.oft_blocks": torch.zeros(2, 3, 3), "oft_unet_x.alpha": torch.tensor(0.1)}, file)
+    argv = ["--models", file, "--ratios", 1, "--save_to", tmp_path / "out.safetensors"]
+    assert "networks.lora cannot read it" in refusal(capsys, *argv)
