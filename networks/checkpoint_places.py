@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from library.errors import CheckpointError
-from library.models import recognition
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix
 from library.models.clip import OPENCLIP_LAYERS
 from library.models.layout import clip as clip_layout
