@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from examples.embedded_model.make import write as write_embedded
 from library.models.checkpoint import open_tensors
 from networks import streaming
-from networks.checkpoint_places import places
+from networks.checkpoint_places import SD1, places
 from networks.files import StoredModule
 from networks.lora_file import tensors_of
 
@@ -59,7 +59,7 @@ def write_lora(path: Path, model: Path, seed: int) -> Path:
     """Write a LoRA for a model's attention and text encoder, and return its path."""
     generator = torch.Generator().manual_seed(seed)
     modules = {}
-    for name, place in places(open_tensors(model), v2=False).items():
+    for name, place in places(open_tensors(model), SD1).items():
         if place.kind != "resnet":
             up_shape = (place.shape[0], RANK, 1, 1) if len(place.inner) == 3 else (place.shape[0], RANK)
             down, up = (torch.randn(shape, generator=generator) for shape in ((RANK, *place.inner), up_shape))

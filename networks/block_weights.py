@@ -18,6 +18,7 @@ LAYOUTS = {  # length of a list -> the positions of its numbers
     26: tuple(range(TOTAL)),
 }
 SDXL_LENGTHS = (12, 20)
+HELP = 'For each of --models a list of weights of its blocks, 12, 17, 20 or 26 numbers: "[1,0.5,...]".'
 _DIFFUSERS = re.compile(r"lora_unet_(down|up)_blocks_(\d+)_(attentions|resnets|downsamplers|upsamplers)_(\d+)_")
 _ORIGINAL = re.compile(r"lora_unet_(input|output)_blocks_(\d+)_")
 

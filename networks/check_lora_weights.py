@@ -46,7 +46,7 @@ def work(argv: Sequence[str]) -> None:
 
     from networks import files
 
-    tensors = files.read(path)
+    tensors = files.read_as_named(path)
     shown = [name for name in tensors if options.show_all_keys or "lora_up" in name or "lora_down" in name]
     modules = sum("lora_down" in name for name in tensors)
     sys.stdout.write(f"number of LoRA modules: {modules}\n")

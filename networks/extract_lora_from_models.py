@@ -6,6 +6,7 @@ python networks/extract_lora_from_models.py --model_org base.safetensors --model
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,19 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from library.cli import set_up_logging  # noqa: E402
+from library.errors import OptionError  # noqa: E402
 from library.options.declare import check_values, option  # noqa: E402
 from library.options.logging import LoggingOptions  # noqa: E402
 from library.options.values import Bounds  # noqa: E402
 from networks import command_line  # noqa: E402
 
-ONLY_SDXL = "SDXL models cannot be read by this command"
+log = logging.getLogger(__name__)
+
+ADVICE = {  # by what a model is, if it is not what the options say
+    "sd_v1": "Leave out --v2 and --sdxl.",
+    "sd_v2": "Add --v2, and leave out --sdxl.",
+    "sdxl_base_v1-0": "Add --sdxl, and leave out --v2.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,7 @@ class ExtractOptions:
     model_tuned: str | None = option(None, "The trained model, a single file.", is_path=True)
     save_to: str | None = option(None, "File to write: .safetensors, .ckpt, .pt or .pth.", is_path=True)
     v2: bool = option(False, "The models are Stable Diffusion 2.x.")
+    sdxl: bool = option(False, "The models are SDXL.")
     v_parameterization: bool = option(False, "The models predict velocity; written into the file's description.")
     load_precision: str | None = option(
         None,
@@ -55,10 +64,16 @@ class ExtractOptions:
         0.01, "The text encoder is left out if none of its weights differs by more.", bounds=Bounds(min=0)
     )
     no_metadata: bool = option(False, "Leave out of the file what it was made from.")
+    load_original_model_to: str | None = option(
+        None, "Has no effect, which a line says: models are read weight by weight, none is loaded. See --device."
+    )
+    load_tuned_model_to: str | None = option(None, "As --load_original_model_to.")
 
     def __post_init__(self) -> None:
         """Check the values."""
         check_values(self)
+        if self.v2 and self.sdxl:
+            raise OptionError("--v2 and --sdxl are for different models. Give one of them.")
 
 
 def work(argv: Sequence[str]) -> None:
@@ -68,7 +83,6 @@ def work(argv: Sequence[str]) -> None:
         prog="extract_lora_from_models.py",
         description="Make a LoRA from the difference of two models.",
         group=ExtractOptions,
-        refused=dict.fromkeys(("sdxl", "load_original_model_to", "load_tuned_model_to"), ONLY_SDXL),
     )
     original = command_line.check_input(options.model_org, "--model_org")
     tuned = command_line.check_input(options.model_tuned, "--model_tuned")
@@ -78,15 +92,21 @@ def work(argv: Sequence[str]) -> None:
 
     from library.models.checkpoint import open_tensors
     from networks import extraction
+    from networks.checkpoint_places import KINDS
     from networks.lora_file import write_lora
 
     device, load_dtype = command_line.device_of(options.device), command_line.dtype_of(options.load_precision)
-    models = extraction.pair(open_tensors(original), open_tensors(tuned), options.v2, load_dtype)
+    for name in ("load_original_model_to", "load_tuned_model_to"):
+        if getattr(options, name) is not None:
+            log.warning("--%s has no effect: models are read weight by weight, and --device is for the maths", name)
+    kind = KINDS["sdxl_base_v1-0" if options.sdxl else "sd_v2" if options.v2 else "sd_v1"]
+    models = extraction.pair(open_tensors(original), open_tensors(tuned), kind, ADVICE, load_dtype)
     settings = extraction.Extraction(options.dim, options.conv_dim, options.min_diff, options.clamp_quantile, device)
     modules = extraction.extract(models, settings)
     saved = command_line.dtype_of(options.save_precision) or torch.float32
-    version = ("sd_v2" if options.v2 else "sd_v1") + ("_v" if options.v_parameterization else "")
-    header = extraction.header(version, settings, save_to, with_modelspec=not options.no_metadata)
+    header = extraction.header(
+        kind, settings, save_to, is_v=options.v_parameterization, with_modelspec=not options.no_metadata
+    )
     write_lora(save_to, modules, saved, header)
 
 

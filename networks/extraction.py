@@ -15,7 +15,7 @@ from library.errors import CheckpointError
 from library.models.checkpoint import TensorSource
 from library.progress import progress
 from networks import combining, merging
-from networks.checkpoint_places import Place, places
+from networks.checkpoint_places import SDXL, Kind, Place, places
 from networks.files import StoredModule
 from networks.lora_file import modelspec_of
 
@@ -51,12 +51,21 @@ class Pair:
         return tuned.float() - original.float()
 
 
-def pair(original: TensorSource, tuned: TensorSource, v2: bool, dtype: torch.dtype | None) -> Pair:
+def pair(
+    original: TensorSource, tuned: TensorSource, kind: Kind, advice: Mapping[str, str], dtype: torch.dtype | None
+) -> Pair:
     """Return two checkpoints to be compared.
 
-    Raises: CheckpointError where one is no checkpoint of that version, or they differ in structure.
+    Args:
+        original: the model before training.
+        tuned: and after.
+        kind: what both should be.
+        advice: what to do where one is of another kind, by that kind's version.
+        dtype: weights are rounded to it before they are compared; None: to none.
+
+    Raises: CheckpointError where one is of another kind, or they differ in structure.
     """
-    found, other = places(original, v2), places(tuned, v2)
+    found, other = (places(file, kind, advice) for file in (original, tuned))
     for name in [*found, *other]:
         if name not in other or name not in found or other[name].shape != found[name].shape:
             shapes = [list(side[name].shape) if name in side else "missing" for side in (found, other)]
@@ -114,15 +123,17 @@ def _clamped(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Tensor]
     return down.clamp(-limit, limit), up.clamp(-limit, limit)
 
 
-def header(version: str, settings: Extraction, save_to: Path, *, with_modelspec: bool) -> dict[str, str]:
+def header(kind: Kind, settings: Extraction, save_to: Path, *, is_v: bool, with_modelspec: bool) -> dict[str, str]:
     """Return the metadata of an extracted LoRA.
 
     Args:
-        version: ss_base_model_version.
+        kind: of the models.
         settings: how it was made.
         save_to: the file, its title.
+        is_v: the models predict velocity.
         with_modelspec: False: only what a reader needs.
     """
+    version = kind.version + ("_v" if is_v and kind is not SDXL else "")
     facts = {
         "ss_v2": str(version.startswith("sd_v2")),
         "ss_base_model_version": version,
@@ -133,4 +144,7 @@ def header(version: str, settings: Extraction, save_to: Path, *, with_modelspec:
     if settings.conv_dim is not None:
         arguments = {"conv_dim": settings.conv_dim, "conv_alpha": float(settings.conv_dim)}
         facts["ss_network_args"] = json.dumps(arguments)
-    return facts | (modelspec_of(version, save_to, None, is_lora=True) if with_modelspec else {})
+    if not with_modelspec:
+        return facts
+    prediction = "v_prediction" if is_v else "epsilon"
+    return facts | modelspec_of(version, save_to, None, is_lora=True, prediction=prediction)

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import CheckpointError
 from library.metadata import with_hashes
 from library.models.family import LoraTarget
+from library.models.layout import lora_names
 from library.whole_file import whole_file
-from networks import merging
+from networks import diffusers_names, merging
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,33 @@ class StoredModule:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA file by name, on the CPU.
+    """Return the tensors of a LoRA file, on the CPU, under the names that are known here, whichever tool wrote it.
+
+    Those of diffusers are replaced, and SDXL's after diffusers' U-Net become those of the original layout.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else than tensors.
+    """
+    tensors = read_as_named(path)
+    return _in_known_names(diffusers_names.converted(tensors, header_of(Path(path)), path), path)
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; nothing for other kinds of file.
+
+    Raises: CheckpointError for a damaged file.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(str(path), "pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}).") from None
+
+
+def read_as_named(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA file by the names that it has, on the CPU.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else than tensors.
@@ -106,6 +133,21 @@ def write(
             save_file(stored, partial, None if metadata is None else with_hashes(stored, metadata))
         else:
             torch.save(stored, partial)
+
+
+def _in_known_names(tensors: Mapping[str, Tensor], origin: object) -> dict[str, Tensor]:
+    """Return a file's tensors, those of SDXL after diffusers' U-Net renamed after the original layout.
+
+    Raises: CheckpointError where the file has a tensor under both names.
+    """
+    stems = {name.partition(".")[0] for name in tensors}
+    if lora_names.family_of(stems) != lora_names.SDXL:
+        return dict(tensors)
+    renamed = {lora_names.in_original_layout(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        twice = next(n for n in tensors if n != lora_names.in_original_layout(n) in tensors)
+        raise CheckpointError(f"{origin}: {twice} is there a second time as {lora_names.in_original_layout(twice)}.")
+    return renamed
 
 
 def modules_in(tensors: Mapping[str, Tensor], origin: str) -> dict[str, StoredModule]:

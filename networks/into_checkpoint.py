@@ -14,34 +14,78 @@ from torch import Tensor
 
 from library.errors import CheckpointError
 from library.models.checkpoint import TensorSource, open_tensors
+from library.models.layout import lora_names
 from library.whole_file import whole_file
-from networks import files, merging, streaming
-from networks.checkpoint_places import Place, places
+from networks import files, streaming
+from networks.block_weights import BlockWeights
+from networks.checkpoint_places import SD2, SDXL, Kind, Place, places
 from networks.files import StoredModule
-from networks.lora_file import LoraFile, header_of, merged_from, modelspec_of
+from networks.lora_file import AdapterFile, merged_from, modelspec_of
+from networks.rotation import StoredRotation
 
 log = logging.getLogger(__name__)
+
+V_PREDICTION = "v_pred"  # an empty tensor in SDXL models that predict velocity
 
 
 @dataclass(frozen=True)
 class Addition:
-    """One module of a LoRA, to be added to a weight."""
+    """One module of a file, to be merged into a weight."""
 
     place: Place
-    module: StoredModule
-    scale: float  # ratio * alpha / rank
+    module: StoredModule | StoredRotation
+    ratio: float
 
 
-def plan(file: TensorSource, loras: Sequence[tuple[LoraFile, float]], v2: bool) -> dict[str, list[Addition]]:
+@dataclass(frozen=True)
+class Share:
+    """A LoRA file and how much of it is added."""
+
+    lora: AdapterFile
+    ratio: float
+    weights: BlockWeights | None = None  # of its blocks, beside the ratio
+
+    def ratio_of(self, name: str) -> float:
+        """Return how much of a module is added."""
+        return self.ratio * (self.weights.of(name) if self.weights else 1.0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The checkpoint that is merged into."""
+
+    path: Path  # .safetensors or .ckpt, in the original layout
+    kind: Kind
+    advice: Mapping[str, str]  # what to do where it is of another kind, by that kind's version
+
+
+@dataclass(frozen=True)
+class Output:
+    """The file that is written, and its number formats."""
+
+    path: Path  # .safetensors, or torch's own format, which holds no metadata
+    work: torch.dtype  # weights that change are rounded to it before and after the sum
+    saved: torch.dtype  # of floating tensors; others stay what they are
+    with_metadata: bool  # describe the file in its header
+
+
+def plan(file: TensorSource, target: Target, shares: Sequence[Share]) -> dict[str, list[Addition]]:
     """Return for each tensor of the checkpoint what is to be added, in the order of the files.
 
     Modules that the checkpoint does not have are named in a warning.
 
     Raises: CheckpointError where a LoRA is for another model.
     """
-    found = places(file, v2)
+    found = places(file, target.kind, target.advice)
     additions: dict[str, list[Addition]] = {}
-    for lora, ratio in loras:
+    for share in shares:
+        lora = share.lora
+        family = lora_names.family_of(lora.modules)
+        if family not in {target.kind.lora_family, None}:
+            raise CheckpointError(
+                f"{lora.path}: is for {lora_names.TITLES[str(family)]}, and {file.path} is {target.kind.title}. "
+                "Give a file for that model."
+            )
         surplus = [name for name in lora.modules if name not in found]
         if len(surplus) == len(lora.modules):
             raise CheckpointError(
@@ -54,12 +98,19 @@ def plan(file: TensorSource, loras: Sequence[tuple[LoraFile, float]], v2: bool) 
                 continue
             place = found[name]
             _check_shape(lora.path, name, module, place)
-            scale = ratio * module.alpha / module.rank
-            additions.setdefault(place.key, []).append(Addition(place, module, scale))
+            additions.setdefault(place.key, []).append(Addition(place, module, share.ratio_of(name)))
     return additions
 
 
-def _check_shape(origin: Path, name: str, module: StoredModule, place: Place) -> None:
+def _check_shape(origin: Path, name: str, module: StoredModule | StoredRotation, place: Place) -> None:
+    if isinstance(module, StoredRotation):
+        num_blocks, size, _ = module.blocks.shape
+        if num_blocks * size != place.shape[0]:
+            raise CheckpointError(
+                f"{origin}: {name} rotates {num_blocks * size} outputs, the model's layer has {place.shape[0]}. "
+                "Is it for another model?"
+            )
+        return
     inner = tuple(module.down.shape[1:])
     fits = math.prod(inner) == math.prod(place.shape[1:]) and inner[0] == place.shape[1]
     if module.up.shape[0] != place.shape[0] or not fits:
@@ -75,7 +126,7 @@ def added(tensor: Tensor, additions: Sequence[Addition]) -> Tensor:
     is_own = False  # it may be the file's mapped pages, or the caller's
     for each in additions:
         part = each.place.part(total)
-        result = merging.merged(part, each.module.down, each.module.up, each.scale)
+        result = each.module.merged(part, each.ratio)
         if each.place.third is None:
             total = result
         else:
@@ -85,37 +136,14 @@ def added(tensor: Tensor, additions: Sequence[Addition]) -> Tensor:
     return total
 
 
-@dataclass(frozen=True)
-class Precisions:
-    """The number formats of a merge."""
-
-    work: torch.dtype  # weights that change are rounded to it before and after the sum
-    saved: torch.dtype
-
-
-def merge(
-    model: Path,
-    loras: Sequence[tuple[LoraFile, float]],
-    save_to: Path,
-    v2: bool,
-    precisions: Precisions,
-    *,
-    with_metadata: bool,
-) -> None:
+def merge(target: Target, shares: Sequence[Share], output: Output) -> None:
     """Write a checkpoint with LoRA files added; what they do not touch is kept.
-
-    Args:
-        model: .safetensors or .ckpt, in the original layout.
-        loras: with their ratios.
-        save_to: .safetensors, or torch's own format, which holds no metadata.
-        v2: the model is SD 2.x.
-        precisions: floating tensors are written in the second, others stay what they are.
-        with_metadata: describe the file in its header.
 
     Raises: CheckpointError.
     """
+    model = target.path
     file = open_tensors(model)
-    additions = plan(file, loras, v2)
+    additions = plan(file, target, shares)
     log.info("%s: %d of %d tensors change", model, len(additions), len(file.shapes))
 
     def make(name: str) -> Tensor:
@@ -123,8 +151,8 @@ def merge(
         if not tensor.is_floating_point():
             return tensor
         if name not in additions:
-            return tensor.to(precisions.saved)
-        merged = added(tensor.to(precisions.work), additions[name]).to(precisions.work).to(precisions.saved)
+            return tensor.to(output.saved)
+        merged = added(tensor.to(output.work), additions[name]).to(output.work).to(output.saved)
         if not _is_finite(merged):
             reason = (
                 "does not fit the number format after merging. Use float or bf16 for both precisions."
@@ -134,12 +162,12 @@ def merge(
             raise CheckpointError(f"{model}: {name} {reason}")
         return merged
 
-    if save_to.suffix == ".safetensors":
-        header = header_for(model, loras, save_to, v2) if with_metadata else {}
-        streaming.write(save_to, _layout(file, precisions.saved), make, header, "merge")
+    if output.path.suffix == ".safetensors":
+        header = header_for(file, target.kind, shares, output.path) if output.with_metadata else {}
+        streaming.write(output.path, _layout(file, output.saved), make, header, "merge")
     else:
-        _write_pickled(save_to, {name: make(name) for name in file.shapes})
-    log.info("%s: written", save_to)
+        _write_pickled(output.path, {name: make(name) for name in file.shapes})
+    log.info("%s: written", output.path)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -162,13 +190,14 @@ def _write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{path}: cannot be written ({error}).") from error
 
 
-def header_for(model: Path, loras: Sequence[tuple[LoraFile, float]], save_to: Path, v2: bool) -> dict[str, str]:
+def header_for(file: TensorSource, kind: Kind, shares: Sequence[Share], save_to: Path) -> dict[str, str]:
     """Return the modelspec.* metadata of a merged checkpoint."""
-    own = header_of(model)
+    own = files.header_of(file.path)
     says = own.get("modelspec.prediction_type")
-    if says is None and v2:
-        log.warning("%s does not say how it predicts; the merged file is labelled as v-prediction", model)
-    is_v = says == "v" if says else v2
-    version = ("sd_v2" if v2 else "sd_v1") + ("_v" if is_v else "")
-    titles = merged_from([(model, own), *((lora.path, lora.metadata) for lora, _ in loras)])
-    return modelspec_of(version, save_to, titles, is_lora=False)
+    if says is None and kind is SD2:
+        log.warning("%s does not say how it predicts; the merged file is labelled as v-prediction", file.path)
+    is_v = says == "v" if says else kind is SD2 or V_PREDICTION in file.shapes
+    version = kind.version + ("_v" if is_v and kind is not SDXL else "")
+    titles = merged_from([(file.path, own), *((share.lora.path, share.lora.metadata) for share in shares)])
+    prediction = "v_prediction" if is_v else "epsilon"
+    return modelspec_of(version, save_to, titles, is_lora=False, prediction=prediction)

@@ -8,42 +8,55 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from library import metadata
 from library.errors import CheckpointError
+from library.models.layout import lora_names
 from library.options.metadata import MetadataOptions
 from networks import files
 from networks.files import ALPHA, DOWN, UP, StoredModule
+from networks.rotation import BLOCKS, StoredRotation, rotations_in
 
 log = logging.getLogger(__name__)
 
 OTHER_MATHS = (".lora_mid.weight", ".dora_scale")  # names that mean that the update is not up @ down alone
 DYNAMIC = "Dynamic"
+OFT_UNET = "oft_unet_"  # in files of networks.oft, where a LoRA has lora_unet_
 
 
 @dataclass(frozen=True)
-class LoraFile:
-    """A LoRA file's content."""
+class AdapterFile:
+    """The content of a file of any kind that can be merged into a model."""
 
     path: Path
-    modules: Mapping[str, StoredModule]
+    modules: Mapping[str, StoredModule | StoredRotation]
     metadata: Mapping[str, str]
 
 
-def header_of(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file; nothing for other kinds of file.
+@dataclass(frozen=True)
+class LoraFile(AdapterFile):
+    """A LoRA file's content."""
 
-    Raises: CheckpointError for a damaged file.
+    modules: Mapping[str, StoredModule]
+
+
+def open_adapter(path: Path, dtype: torch.dtype = torch.float32) -> AdapterFile:
+    """Return a file of networks.lora or networks.oft, its tensors rounded to dtype; modules named as in a LoRA.
+
+    Raises: CheckpointError for a file of another kind, or one that holds numbers that are none.
     """
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(str(path), "pt") as opened:
-            return opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}).") from None
+    tensors = files.read(path)
+    if not any(name.endswith(BLOCKS) for name in tensors):
+        return _lora_of(tensors, path, dtype)
+    modules = {}
+    for name, rotation in rotations_in(tensors, str(path)).items():
+        if not rotation.blocks.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds numbers that are infinite or none at all (NaN).")
+        named = name.replace(OFT_UNET, lora_names.UNET, 1) if name.startswith(OFT_UNET) else name
+        modules[named] = StoredRotation(rotation.blocks.to(dtype), rotation.alpha)
+    return AdapterFile(path, modules, files.header_of(path))
 
 
 def open_lora(path: Path, dtype: torch.dtype = torch.float32) -> LoraFile:
@@ -51,7 +64,10 @@ def open_lora(path: Path, dtype: torch.dtype = torch.float32) -> LoraFile:
 
     Raises: CheckpointError for a file that is no plain LoRA, or holds numbers that are none.
     """
-    tensors = files.read(path)
+    return _lora_of(files.read(path), path, dtype)
+
+
+def _lora_of(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> LoraFile:
     other = [name for name in tensors if name.endswith(OTHER_MATHS)]
     if other:
         raise CheckpointError(f"{path}: {other[0]} shows another method than plain LoRA, which cannot be merged here.")
@@ -63,7 +79,7 @@ def open_lora(path: Path, dtype: torch.dtype = torch.float32) -> LoraFile:
         if not (module.down.isfinite().all() and module.up.isfinite().all()):
             raise CheckpointError(f"{path}: {name} holds numbers that are infinite or none at all (NaN).")
         modules[name] = StoredModule(module.down.to(dtype), module.up.to(dtype), module.alpha)
-    return LoraFile(path, modules, header_of(path))
+    return LoraFile(path, modules, files.header_of(path))
 
 
 def tensors_of(modules: Mapping[str, StoredModule]) -> dict[str, Tensor]:
@@ -137,11 +153,8 @@ def merged_header(
 
 def _version_of(names: Iterable[str], *, is_v2: bool) -> str:
     """Return the base model that modules are for, by their names; "" for one that is not known here."""
-    stems = list(names)
-    if any(name.startswith(("lora_te1_", "lora_te2_", "lora_unet_input_blocks_")) for name in stems):
-        return "" if any("joint_blocks" in name for name in stems) else "sdxl_base_v1-0"
-    is_sd = any(name.startswith(("lora_te_", "lora_unet_down_blocks_", "lora_unet_mid_block_")) for name in stems)
-    return ("sd_v2" if is_v2 else "sd_v1") if is_sd else ""
+    versions = {lora_names.SD: "sd_v2" if is_v2 else "sd_v1", lora_names.SDXL: "sdxl_base_v1-0"}
+    return versions.get(lora_names.family_of(names) or "", "")
 
 
 def merged_from(sources: Iterable[tuple[Path, Mapping[str, str]]]) -> str:

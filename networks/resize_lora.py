@@ -71,14 +71,14 @@ def work(argv: Sequence[str]) -> None:
     import torch
 
     from networks import files, resizing
-    from networks.lora_file import header_of, write_tensors
+    from networks.lora_file import write_tensors
 
     conv_rank = options.new_rank if options.new_conv_rank is None else options.new_conv_rank
     device = command_line.device_of(options.device)
     settings = resizing.Resizing(options.new_rank, conv_rank, options.dynamic_method, options.dynamic_param, device)
-    done = resizing.resize(files.read(model), settings, model, options.verbose)
+    done = resizing.resize(files.read_as_named(model), settings, model, options.verbose)
     dtype = command_line.dtype_of(options.save_precision) or torch.float32
-    write_tensors(save_to, done.tensors, dtype, resizing.header(header_of(model), done, settings))
+    write_tensors(save_to, done.tensors, dtype, resizing.header(files.header_of(model), done, settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from library.options.declare import check_values, option  # noqa: E402
 from library.options.logging import LoggingOptions  # noqa: E402
 from library.options.values import Bounds  # noqa: E402
 from networks import command_line  # noqa: E402
-from networks.block_weights import check_family, read_lists  # noqa: E402
+from networks.block_weights import HELP, check_family, read_lists  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,7 @@ class SvdMergeOptions:
 
     models: tuple[str, ...] | None = option(None, "LoRA files.", is_path=True)
     ratios: tuple[float, ...] | None = option(None, "A factor for each of --models.")
-    lbws: tuple[str, ...] | None = option(
-        None, 'For each of --models a list of weights of its blocks, 12, 17, 20 or 26 numbers: "[1,0.5,...]".'
-    )
+    lbws: tuple[str, ...] | None = option(None, HELP)
     save_to: str | None = option(None, "File to write: .safetensors, .ckpt, .pt or .pth.", is_path=True)
     new_rank: int = option(4, "Rank of linear layers and 1x1 convolutions.", bounds=Bounds(min=1))
     new_conv_rank: int | None = option(

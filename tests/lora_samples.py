@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.models.checkpoint import open_tensors
-from networks.checkpoint_places import places
+from networks.checkpoint_places import SD1, Kind, places
 from networks.files import StoredModule, modules_in
 from networks.lora_file import tensors_of
 
@@ -55,19 +55,19 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def write_random(
-    path: Path, checkpoint: Path, *, v2: bool = False, conv: bool = False, rank: int = 2, seed: int = 0
+    path: Path, checkpoint: Path, *, kind: Kind = SD1, conv: bool = False, rank: int = 2, seed: int = 0
 ) -> Path:
     """Write a LoRA with random numbers for every layer of a checkpoint that a LoRA can adapt; return path."""
     generator = torch.Generator().manual_seed(seed)
     modules = {}
-    for name, place in places(open_tensors(checkpoint), v2).items():
+    for name, place in places(open_tensors(checkpoint), kind).items():
         if place.kind == "resnet" and not conv:
             continue
         up_shape = (place.shape[0], rank, 1, 1) if len(place.inner) == 3 else (place.shape[0], rank)
         down = torch.randn(rank, *place.inner, generator=generator) * 0.1
         modules[name] = StoredModule(down, torch.randn(up_shape, generator=generator) * 0.1, 1.0)
-    version = "sd_v2" if v2 else "sd_v1"
-    save_file(tensors_of(modules), path, {"ss_v2": str(v2), "ss_base_model_version": version})
+    is_v2 = kind.version == "sd_v2"
+    save_file(tensors_of(modules), path, {"ss_v2": str(is_v2), "ss_base_model_version": kind.version})
     return path
 
 

@@ -5,12 +5,23 @@ from typing import Any
 import pytest
 
 from library.options.declare import declared
-from networks import check_lora_weights, extract_lora_from_models, merge_lora, resize_lora, svd_merge_lora
+from networks import (
+    check_lora_weights,
+    extract_lora_from_models,
+    merge_lora,
+    resize_lora,
+    sdxl_merge_lora,
+    svd_merge_lora,
+)
 
 PRECISIONS = {"precision": "float", "save_precision": None, "no_metadata": False}
 REFERENCE: dict[type, dict[str, Any]] = {
     merge_lora.MergeOptions: {
         **PRECISIONS, "v2": False, "sd_model": None, "save_to": None, "models": None, "ratios": None, "concat": False,
+        "shuffle": False,
+    },
+    sdxl_merge_lora.SdxlMergeOptions: {
+        **PRECISIONS, "sd_model": None, "save_to": None, "models": None, "ratios": None, "lbws": None, "concat": False,
         "shuffle": False,
     },
     svd_merge_lora.SvdMergeOptions: {
@@ -20,7 +31,8 @@ REFERENCE: dict[type, dict[str, Any]] = {
     extract_lora_from_models.ExtractOptions: {
         "v2": False, "v_parameterization": False, "load_precision": None, "save_precision": None, "model_org": None,
         "model_tuned": None, "save_to": None, "dim": 4, "conv_dim": None, "device": None, "clamp_quantile": 0.99,
-        "min_diff": 0.01, "no_metadata": False,
+        "min_diff": 0.01, "no_metadata": False, "sdxl": False,
+        "load_original_model_to": None, "load_tuned_model_to": None,
     },
     resize_lora.ResizeOptions: {
         "save_precision": None, "new_rank": 4, "new_conv_rank": None, "save_to": None, "model": None, "device": None,

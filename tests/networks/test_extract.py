@@ -10,14 +10,14 @@ from lora_samples import (
     write_random,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_sd15, tiny_sd21
+from tiny_models import tiny_sd15, tiny_sd21, tiny_sdxl
 
 from library.metadata import hashes
 from library.models.checkpoint import open_tensors
-from networks import extract_lora_from_models, merge_lora
-from networks.checkpoint_places import places
+from networks import extract_lora_from_models, merge_lora, sdxl_merge_lora
+from networks.checkpoint_places import SD1, SD2, SDXL, places
 
-MODELS = {False: tiny_sd15, True: tiny_sd21}
+MODELS = {"sd15": (tiny_sd15, SD1, ()), "sd21": (tiny_sd21, SD2, ("--v2",)), "sdxl": (tiny_sdxl, SDXL, ("--sdxl",))}
 
 
 def extract(original, tuned, out, *more):
@@ -31,24 +31,26 @@ def tuned(tmp_path_factory):
     """A tiny model with a random LoRA of rank 2 merged into it, convolutions included, for each version."""
     folder, made = tmp_path_factory.mktemp("tuned"), {}
 
-    def make(v2: bool = False):
-        if v2 not in made:
-            model = MODELS[v2]()
-            file = write_random(folder / f"lora{v2}.safetensors", model, v2=v2, conv=True)
-            out = folder / f"model{v2}.safetensors"
-            argv = ["--sd_model", model, "--models", file, "--ratios", "1", "--save_to", out, *(["--v2"] if v2 else [])]
-            assert merge_lora.main([str(each) for each in argv]) == 0
-            made[v2] = (file, out)
-        return made[v2]
+    def make(name: str = "sd15"):
+        if name not in made:
+            model, kind, _ = MODELS[name]
+            file = write_random(folder / f"lora-{name}.safetensors", model(), kind=kind, conv=True)
+            out = folder / f"{name}.safetensors"
+            argv = ["--sd_model", model(), "--models", file, "--ratios", "1", "--save_to", out]
+            command = sdxl_merge_lora if kind is SDXL else merge_lora
+            assert command.main([str(each) for each in argv] + (["--v2"] if kind is SD2 else [])) == 0
+            made[name] = (file, out)
+        return made[name]
 
     return make
 
 
-@pytest.mark.parametrize("v2", [False, True])
-def test_a_lora_that_was_merged_is_found_again(tmp_path, tuned, v2):
-    file, model = tuned(v2)
-    more = ["--dim", 2, "--conv_dim", 2, *(["--v2"] if v2 else [])]
-    out = extract(MODELS[v2](), model, tmp_path / "x.safetensors", *more)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_lora_that_was_merged_is_found_again(tmp_path, tuned, name):
+    file, model = tuned(name)
+    original, _, flags = MODELS[name]
+    more = ["--dim", 2, "--conv_dim", 2, *flags]
+    out = extract(original(), model, tmp_path / "x.safetensors", *more)
     assert worst_error(deltas(out), deltas(file)) < 1e-3
     found, wanted = load_file(out), load_file(file)
     assert {name: tensor.shape for name, tensor in found.items()} == {n: tensor.shape for n, tensor in wanted.items()}
@@ -89,7 +91,7 @@ def test_clamping_is_off_by_default_and_moves_away_from_the_best(tmp_path, tuned
 def test_a_text_encoder_that_hardly_differs_is_left_out(tmp_path, tuned, min_diff, has_text):
     tensors = load_file(tuned()[1])
     base = load_file(tiny_sd15())
-    for place in places(open_tensors(tiny_sd15()), False).values():
+    for place in places(open_tensors(tiny_sd15()), SD1).values():
         if place.kind == "text_encoder":
             tensors[place.key] = base[place.key] + 0.001
     model = tmp_path / "model.safetensors"
@@ -102,7 +104,7 @@ def test_a_text_encoder_that_hardly_differs_is_left_out(tmp_path, tuned, min_dif
 def test_precisions_of_reading_and_writing_are_those_asked_for(tmp_path, tuned):
     """A difference that fp16 cannot show is none."""
     base = load_file(tiny_sd15())
-    place = places(open_tensors(tiny_sd15()), False)["lora_unet_mid_block_attentions_0_proj_in"]
+    place = places(open_tensors(tiny_sd15()), SD1)["lora_unet_mid_block_attentions_0_proj_in"]
     model = tmp_path / "model.safetensors"
     save_file({**base, place.key: base[place.key] * (1 + 1e-6)}, model)
     out = tmp_path / "x.safetensors"
@@ -114,7 +116,7 @@ def test_precisions_of_reading_and_writing_are_those_asked_for(tmp_path, tuned):
 
 def test_the_metadata_say_what_the_file_is(tmp_path, tuned):
     more = ["--dim", 2, "--conv_dim", 1, "--v2", "--v_parameterization"]
-    out = extract(tiny_sd21(), tuned(True)[1], tmp_path / "x.safetensors", *more)
+    out = extract(tiny_sd21(), tuned("sd21")[1], tmp_path / "x.safetensors", *more)
     written = metadata_of(out)
     assert written["ss_v2"] == "True"
     assert written["ss_base_model_version"] == "sd_v2_v"
@@ -125,13 +127,13 @@ def test_the_metadata_say_what_the_file_is(tmp_path, tuned):
     assert written["modelspec.prediction_type"] == "v"
     own = {key: value for key, value in written.items() if not key.startswith("sshs_")}
     assert (written["sshs_model_hash"], written["sshs_legacy_hash"]) == hashes(load_file(out), own)
-    bare = metadata_of(extract(tiny_sd21(), tuned(True)[1], tmp_path / "y.safetensors", *more, "--no_metadata"))
+    bare = metadata_of(extract(tiny_sd21(), tuned("sd21")[1], tmp_path / "y.safetensors", *more, "--no_metadata"))
     assert not [key for key in bare if key.startswith("modelspec.")]
 
 
 def test_the_last_layer_of_a_whole_openclip_is_not_compared(tmp_path, tuned):
     """SD 2.x files as published carry 24 layers; the output of the last is not used, and no LoRA adapts it."""
-    file, model = tuned(True)
+    file, model = tuned("sd21")
     whole = {}
     for name, path in (("original", tiny_sd21()), ("tuned", model)):
         tensors = load_file(path)
@@ -146,16 +148,27 @@ def test_the_last_layer_of_a_whole_openclip_is_not_compared(tmp_path, tuned):
     assert extract(tiny_sd21(), whole["tuned"], tmp_path / "y.safetensors", *more)
 
 
-CASES = ["equal", "version", "sdxl flag", "missing", "no tuned", "structure", "nan", "nan in text", "range"]
+CASES = [
+    "equal",
+    "version",
+    "sdxl flag",
+    "two flags",
+    "missing",
+    "no tuned",
+    "structure",
+    "nan",
+    "nan in text",
+    "range",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_input_ends_in_one_line(capsys, tmp_path, case):
     broken = tmp_path / "broken.safetensors"
     tensors = load_file(tiny_sd15())
-    place = places(open_tensors(tiny_sd15()), False)["lora_unet_mid_block_attentions_0_proj_in"]
+    place = places(open_tensors(tiny_sd15()), SD1)["lora_unet_mid_block_attentions_0_proj_in"]
     if case == "nan in text":
-        name = places(open_tensors(tiny_sd15()), False)["lora_te_text_model_encoder_layers_3_mlp_fc1"].key
+        name = places(open_tensors(tiny_sd15()), SD1)["lora_te_text_model_encoder_layers_3_mlp_fc1"].key
         tensors[name] = tensors[name] * torch.nan
     elif case == "nan":
         tensors[place.key] = tensors[place.key] * torch.nan
@@ -165,14 +178,20 @@ def test_wrong_input_ends_in_one_line(capsys, tmp_path, case):
     tuned_argv = (
         [] if case == "no tuned" else ["--model_tuned", str(tmp_path / "no.ckpt" if case == "missing" else broken)]
     )
-    more = {"version": ["--v2"], "sdxl flag": ["--sdxl"], "range": ["--clamp_quantile", "1.5"]}.get(case, [])
+    more = {
+        "version": ["--v2"],
+        "sdxl flag": ["--sdxl"],
+        "two flags": ["--v2", "--sdxl"],
+        "range": ["--clamp_quantile", "1.5"],
+    }.get(case, [])
     out = tmp_path / "x.safetensors"
     argv = ["--model_org", str(tiny_sd15()), *tuned_argv, "--save_to", str(out), *more]
     assert extract_lora_from_models.main(argv) == 2
     said = {
         "equal": "nothing to extract",
         "version": "Leave out --v2",
-        "sdxl flag": "--sdxl cannot be used: SDXL models",
+        "sdxl flag": "is a Stable Diffusion 1.x model. Leave out --v2 and --sdxl.",
+        "two flags": "--v2 and --sdxl are for different models",
         "missing": "there is no file",
         "no tuned": "--model_tuned is missing",
         "structure": "differ in structure",
@@ -182,3 +201,20 @@ def test_wrong_input_ends_in_one_line(capsys, tmp_path, case):
     }
     assert said[case] in error_line(capsys.readouterr().err)
     assert not out.exists()
+
+
+def test_the_metadata_of_a_lora_of_sdxl_say_so(tmp_path, tuned):
+    out = extract(tiny_sdxl(), tuned("sdxl")[1], tmp_path / "x.safetensors", "--sdxl", "--v_parameterization")
+    written = metadata_of(out)
+    assert (written["ss_v2"], written["ss_base_model_version"]) == ("False", "sdxl_base_v1-0")
+    assert written["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert written["modelspec.prediction_type"] == "v"
+
+
+def test_options_to_load_models_elsewhere_are_said_to_have_no_effect(tmp_path, tuned, caplog):
+    more = ("--load_original_model_to", "cpu", "--load_tuned_model_to", "cpu")
+    plain = extract(tiny_sdxl(), tuned("sdxl")[1], tmp_path / "x.safetensors", "--sdxl")
+    assert "has no effect" not in caplog.text
+    other = extract(tiny_sdxl(), tuned("sdxl")[1], tmp_path / "y.safetensors", "--sdxl", *more)
+    assert load_file(plain).keys() == load_file(other).keys()
+    assert caplog.text.count("has no effect: models are read weight by weight") == 2

@@ -9,22 +9,26 @@ import pytest
 import torch
 from lora_samples import error_line, metadata_of, reference_file, write_random
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_sd15, tiny_sd21
+from tiny_models import tiny_sd15, tiny_sd21, tiny_sdxl
 
+from library.models import sd, sdxl
 from library.models.checkpoint import open_tensors
-from library.models.sd import Sd, original_tensors
-from networks import lora, merge_lora
-from networks.checkpoint_places import Place, places
+from networks import lora, merge_lora, sdxl_merge_lora
+from networks.checkpoint_places import SD1, SD2, SDXL, Place, places
 from networks.files import modules_in
 from networks.into_checkpoint import Addition, added
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = {False: tiny_sd15, True: tiny_sd21}
+MODELS = {  # model, kind, merging command with its flags, family, its weights as a file has them
+    "sd15": (tiny_sd15, SD1, merge_lora, (), sd.Sd(), lambda parts: sd.original_tensors(parts, v2=False)),
+    "sd21": (tiny_sd21, SD2, merge_lora, ("--v2",), sd.Sd(v2=True), lambda parts: sd.original_tensors(parts, v2=True)),
+    "sdxl": (tiny_sdxl, SDXL, sdxl_merge_lora, (), sdxl.Sdxl(), sdxl.original_tensors),
+}
 
 
-def merge(model, files, ratios, out, *more) -> dict[str, torch.Tensor]:
+def merge(model, files, ratios, out, *more, command=merge_lora) -> dict[str, torch.Tensor]:
     argv = ["--sd_model", model, "--models", *files, "--ratios", *ratios, "--save_to", out, *more]
-    assert merge_lora.main([str(each) for each in argv]) == 0
+    assert command.main([str(each) for each in argv]) == 0
     return load_file(out) if out.suffix == ".safetensors" else torch.load(out, weights_only=True)["state_dict"]
 
 
@@ -40,20 +44,20 @@ def test_the_numbers_are_those_of_the_reference():
         for name, module in modules_in(load_file(reference_file(file)), file).items():
             key = next(k for k in before if f"lora_{k.removesuffix('.weight').replace('.', '_')}" == name)
             place = Place(key, tuple(before[key].shape), "attention")
-            changed[key] = added(changed[key], [Addition(place, module, ratio * module.alpha / module.rank)])
+            changed[key] = added(changed[key], [Addition(place, module, ratio)])
     assert changed.keys() == after.keys()
     for name, tensor in after.items():
         torch.testing.assert_close(changed[name], tensor, rtol=0, atol=1e-6)
     assert not torch.equal(before[key], after[key])
 
 
-@pytest.mark.parametrize("v2", [False, True])
-def test_every_layer_gets_what_base_weights_give_it_in_training(tmp_path, v2):
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_gets_what_base_weights_give_it_in_training(tmp_path, name):
     """The names go two ways here: through our tables on the file, and through modules of the loaded model."""
-    model = MODELS[v2]()
-    file = write_random(tmp_path / "lora.safetensors", model, v2=v2, conv=True)
-    merged = merge(model, [file], [0.5], tmp_path / "out.safetensors", *(["--v2"] if v2 else []))
-    family = Sd(v2=v2)
+    make, kind, command, flags, family, weights_of = MODELS[name]
+    model = make()
+    file = write_random(tmp_path / "lora.safetensors", model, kind=kind, conv=True)
+    merged = merge(model, [file], [0.5], tmp_path / "out.safetensors", *flags, command=command)
     parts = family.load(str(model), None, torch.float32)
     targets = tuple(family.lora_targets(parts))
     network, tensors = lora.create_network_from_weights(
@@ -61,12 +65,12 @@ def test_every_layer_gets_what_base_weights_give_it_in_training(tmp_path, v2):
     )
     assert len(network.layers) == len(targets)
     network.merge_to(parts.text_encoders, parts.denoiser, tensors)
-    wanted = original_tensors(parts, v2)
+    wanted = weights_of(parts)
     stored = load_file(model)
     assert merged.keys() == stored.keys() == wanted.keys()
     assert not [name for name in wanted if not torch.equal(merged[name], wanted[name])]
     assert sum(not torch.equal(merged[name], stored[name]) for name in stored) == len(
-        {place.key for place in places(open_tensors(model), v2).values()}
+        {place.key for place in places(open_tensors(model), kind).values()}
     )
 
 
@@ -88,7 +92,7 @@ def test_what_the_lora_does_not_touch_is_kept_bit_for_bit(tmp_path):
     save_file({**load_file(tiny_sd15()), **extra}, model)
     file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
     before, after = load_file(model), merge(model, [file], [1], tmp_path / "out.safetensors")
-    touched = {place.key for place in places(open_tensors(model), False).values() if place.kind != "resnet"}
+    touched = {place.key for place in places(open_tensors(model), SD1).values() if place.kind != "resnet"}
     assert before.keys() == after.keys()
     assert {name for name in before if not torch.equal(before[name], after[name])} == touched
 
@@ -111,7 +115,7 @@ def test_what_the_lora_does_not_touch_is_not_rounded_to_the_precision_of_the_sum
     before = load_file(tiny_sd15())
     more = ("--precision", "fp16", "--save_precision", "float")
     after = merge(tiny_sd15(), [file], [1], tmp_path / "out.safetensors", *more)
-    touched = {place.key for place in places(open_tensors(tiny_sd15()), False).values() if place.kind != "resnet"}
+    touched = {place.key for place in places(open_tensors(tiny_sd15()), SD1).values() if place.kind != "resnet"}
     assert all(torch.equal(after[name], before[name]) for name in before.keys() - touched)
     assert all(torch.equal(after[name], after[name].half().float()) for name in touched)
 
@@ -123,7 +127,7 @@ def test_what_is_merged_is_rounded_to_the_precision_before_and_after(tmp_path):
         tiny_sd15(), [file], [0.5], tmp_path / "out.safetensors", "--precision", "bf16", "--save_precision", "float"
     )
     name = "lora_te_text_model_encoder_layers_3_mlp_fc1"
-    key = places(open_tensors(tiny_sd15()), False)[name].key
+    key = places(open_tensors(tiny_sd15()), SD1)[name].key
     module = modules_in(load_file(file), "")[name]
     weight, down, up = (each.bfloat16().float() for each in (load_file(tiny_sd15())[key], module.down, module.up))
     wanted = (weight + 0.5 * module.alpha / module.rank * (up @ down)).bfloat16().float()
@@ -164,7 +168,7 @@ def test_the_merged_model_says_what_it_is(tmp_path):
 
 def test_a_v2_model_is_labelled_v_prediction_with_a_warning(tmp_path, caplog):
     out = tmp_path / "mine.safetensors"
-    file = write_random(tmp_path / "style.safetensors", tiny_sd21(), v2=True)
+    file = write_random(tmp_path / "style.safetensors", tiny_sd21(), kind=SD2)
     merge(tiny_sd21(), [file], [1], out, "--v2")
     assert metadata_of(out)["modelspec.prediction_type"] == "v"
     assert "labelled as v-prediction" in caplog.text
@@ -193,8 +197,8 @@ def test_modules_that_the_model_lacks_are_named(tmp_path, caplog):
 )
 def test_files_that_do_not_fit_end_in_one_line_and_nothing_is_written(capsys, tmp_path, case):
     file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
-    sdxl = tmp_path / "sdxl.safetensors"
-    save_file({"conditioner.embedders.0.x": torch.ones(1)}, sdxl)
+    other = tmp_path / "sdxl.safetensors"
+    save_file({"conditioner.embedders.0.x": torch.ones(1), "model.diffusion_model.x": torch.ones(1)}, other)
     wide = tmp_path / "wide.safetensors"
     tensors = load_file(file)
     down = "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
@@ -203,8 +207,8 @@ def test_files_that_do_not_fit_end_in_one_line_and_nothing_is_written(capsys, tm
         "v2 missing": (tiny_sd21(), file, [], "Add --v2"),
         "v2 too much": (tiny_sd15(), file, ["--v2"], "Leave out --v2"),
         "lora as model": (file, file, [], "is a LoRA file"),
-        "sdxl lora": (tiny_sd15(), reference_file("in_xa"), [], "Is it for another model?"),
-        "sdxl model": (sdxl, file, [], "is an SDXL model"),
+        "sdxl lora": (tiny_sd15(), reference_file("in_xa"), [], "is for SDXL, and"),
+        "sdxl model": (other, file, [], "is an SDXL model. Merge into it with networks/sdxl_merge_lora.py"),
         "other width": (tiny_sd15(), wide, [], "128 x 33, the model's is 128 x 32"),
     }[case]
     out = tmp_path / "out.safetensors"
@@ -227,7 +231,7 @@ def test_a_failing_write_leaves_the_file_that_was_there(capsys, tmp_path):
 
 def test_a_model_that_is_damaged_is_named(capsys, tmp_path):
     model = tmp_path / "model.safetensors"
-    key = places(open_tensors(tiny_sd15()), False)["lora_unet_mid_block_attentions_0_proj_in"].key
+    key = places(open_tensors(tiny_sd15()), SD1)["lora_unet_mid_block_attentions_0_proj_in"].key
     tensors = load_file(tiny_sd15())
     save_file({**tensors, key: tensors[key] * torch.nan}, model)
     file = write_random(tmp_path / "lora.safetensors", tiny_sd15())
@@ -256,8 +260,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_file_that_was_there(capsys,
     assert sorted(tmp_path.iterdir()) == [file, out]
 
 
-@pytest.mark.parametrize("name", ["merge_lora", "svd_merge_lora", "extract_lora_from_models", "resize_lora",
-                                  "check_lora_weights"])  # fmt: skip
+@pytest.mark.parametrize("name", ["merge_lora", "sdxl_merge_lora", "svd_merge_lora", "extract_lora_from_models",
+                                  "resize_lora", "check_lora_weights"])  # fmt: skip
 def test_the_commands_run_as_files_from_anywhere(tmp_path, name):
     script = ROOT / "networks" / f"{name}.py"
     done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
