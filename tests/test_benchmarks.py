@@ -72,6 +72,13 @@ def test_the_benchmark_of_steps_takes_the_model_out(capsys):
     assert {"disk, masks on: outside the model", "weigh the loss, batch of 4 at 128"} <= set(found)
 
 
+def test_the_benchmark_of_a_gpu_runs_where_there_is_none(capsys):
+    found = run("gpu_step", capsys, "--shapes", tiny_models.tiny_sd15())
+    case = "sd15, batch 1, checkpointing, compiled"
+    assert {f"{case}: {what}" for what in ("with masks", "without", "cost of masks")} <= set(found)
+    assert found[f"{case}: graphs compiled later"][-1] == "< 1: holds"
+
+
 def test_the_benchmark_of_merging_runs_the_commands(capsys):
     assert {"copy the model", "merge into the model", "extract"} <= set(run("merging_full_size", capsys))
 
