@@ -20,22 +20,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from measuring import ROOT, Figure, conclude, load, make_parser
 from start_up import make_model
+from step_overhead import build
 from torch import Tensor
 
 from library.models.checkpoint import SafetensorsFile
+from library.models.family import ModelFamily
 from library.options import read_training
-from library.training import assembly, loop
-from library.training import data as training_data
-from library.training import run as training_run
-from library.training.trackers import Trackers
+from library.training import loop
 
 MAX_COST_OF_MASKS = 1.0  # percent
 WARM_UP = 4  # steps; the first of them compiles
@@ -115,24 +114,27 @@ class RandomFamily:
         self._family, self._source = family, source
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
+        found = getattr(self._family, name)
+        if name.endswith("_identity"):  # nothing is kept beyond the run
+            return lambda *_: "random"
+        return self._with_random_files(found) if name.startswith("load") else found
 
-    def load(self, *arguments: Any, **options: Any) -> Any:
-        """Return the models, on the device already."""
-        modules = [module for name, module in sys.modules.items() if name.startswith("library.models.")]
-        readers: list[Any] = [module for module in modules if hasattr(module, "open_tensors")]
-        originals = [module.open_tensors for module in readers]
-        for module in readers:
-            module.open_tensors = lambda _path: self._source
-        try:
-            return self._family.load(*arguments, **options)
-        finally:
-            for module, original in zip(readers, originals, strict=True):
-                module.open_tensors = original
+    def _with_random_files(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """Return load, for which every model file is the random one: its models are on the device already."""
 
-    def vae_identity(self, *_: Any) -> str:
-        """Return a name for random weights."""
-        return "random"
+        def loaded(*arguments: Any, **options: Any) -> Any:
+            modules = [module for name, module in sys.modules.items() if name.startswith("library.models.")]
+            readers: list[Any] = [module for module in modules if hasattr(module, "open_tensors")]
+            originals = [module.open_tensors for module in readers]
+            for module in readers:
+                module.open_tensors = lambda _path: self._source
+            try:
+                return load(*arguments, **options)
+            finally:
+                for module, original in zip(readers, originals, strict=True):
+                    module.open_tensors = original
+
+        return loaded
 
 
 class Clock:
@@ -184,19 +186,11 @@ def words_of(case: Case, model: Model, folder: Path, steps: int, *, is_masked: b
 
 
 def make_run(words: Sequence[str], model: Model, shapes: Mapping[str, Sequence[int]], device: torch.device) -> loop.Run:
-    """Return a run, built as the entry script builds it."""
+    """Return the run of that command line, with random weights."""
     options = read_training(words, model.script).options
     module, _, name = model.place.partition(":")
     real: Any = getattr(importlib.import_module(module), name).from_options(options)
-    family: Any = RandomFamily(real, RandomTensors(shapes, device))
-    checked = training_run.check(options, family)
-    accelerator = training_run.make_accelerator(options, checked)
-    epochs = training_data.make_plan(checked.data, options, 1, 1)
-    told = Trackers(accelerator, checked.tracker_names)
-    steps = options.training.max_train_steps
-    setting = assembly.Setting(options, family, checked, accelerator, epochs, steps, time.time(), told, uploads=None)
-    parts, store = assembly.load(setting)
-    return assembly.assemble(setting, parts, store, None)
+    return build(options, cast("ModelFamily", RandomFamily(real, RandomTensors(shapes, device))))
 
 
 def in_turn(masked: Iterable[Any], plain: Iterable[Any], clock: Clock) -> Iterator[Any]:
