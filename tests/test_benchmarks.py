@@ -72,6 +72,11 @@ def test_the_benchmark_of_steps_takes_the_model_out(capsys):
     assert {"disk, masks on: outside the model", "weigh the loss, batch of 4 at 128"} <= set(found)
 
 
+def test_the_benchmark_of_true_size_trains_and_finds_the_keys_of_the_reference(capsys):
+    found = run("true_size", capsys, "--model", tiny_models.tiny_sd15())
+    assert {"peak memory of loading", "command to the end of step 1", "peak memory"} <= set(found)
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_the_benchmark_of_a_gpu_runs_where_there_is_none(capsys):
     found = run("gpu_step", capsys, "--shapes", tiny_models.tiny_sd15())
