@@ -19,6 +19,7 @@ REFERENCE: dict[str, dict[str, Any]] = json.loads((DATA / "options_train_network
 FOREIGN: dict[str, dict[str, Any]] = json.loads((DATA / "options_other_scripts.json").read_text("utf-8"))
 
 NEW = {"cache_dir", "missing_mask", "report"}  # sd-scripts has no such option
+NEW |= {"fused_optimizer_groups"}  # of its SDXL fine-tuning only; here it is for all
 ELSEWHERE = {each.name: each.declared for each in (*REFUSED, *IGNORED, *GRANTED)}
 DECLARED = {**all_declared(), CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}
 
