@@ -65,6 +65,13 @@ class Model:
 
 MODELS = {
     "sd15": Model("train_network", "library.models.sd:Sd", "base_keys_sd15.json.gz", 512),
+    "sdxl": Model(
+        "sdxl_train_network",
+        "library.models.sdxl:Sdxl",
+        "base_keys_sdxl.json.gz",
+        1024,
+        ("--network_train_unet_only", "--cache_text_encoder_outputs"),
+    ),
 }
 
 

@@ -50,7 +50,6 @@ def training(model: Path, output: Path, name: str, num_steps: int, more: Sequenc
         f"--dataset_config={DATASET.as_posix()}",
         "--masked_loss",
         "--cache_latents",
-        f"--cache_dir={(output / 'cache').as_posix()}",
         "--network_module=networks.lora",
         "--network_dim=8",
         "--network_alpha=8",
@@ -72,7 +71,7 @@ def training(model: Path, output: Path, name: str, num_steps: int, more: Sequenc
 def commands(model: Path, output: Path, num_steps: int) -> list[list[str]]:
     """Return both commands: with the least memory, and with the text encoders."""
     return [
-        training(model, output, "unet-only", num_steps, ON_LITTLE_MEMORY),
+        training(model, output, "unet-only", num_steps, [*ON_LITTLE_MEMORY, f"--cache_dir={output.as_posix()}/cache"]),
         training(model, output, "with-text-encoders", num_steps, WITH_TEXT_ENCODERS),
     ]
 
