@@ -20,6 +20,7 @@ from networks import (
     extract_lora_from_models,
     merge_lora,
     resize_lora,
+    sdxl_merge_lora,
     svd_merge_lora,
 )
 
@@ -34,6 +35,7 @@ PLACEHOLDERS = {"name"}
 PROMPT_FLAGS = {"w", "h", "d", "s", "l", "n", "ss"}  # in prompt files
 COMMANDS = {  # of networks/ -> what declares their options
     "merge_lora.py": merge_lora.MergeOptions,
+    "sdxl_merge_lora.py": sdxl_merge_lora.SdxlMergeOptions,
     "svd_merge_lora.py": svd_merge_lora.SvdMergeOptions,
     "extract_lora_from_models.py": extract_lora_from_models.ExtractOptions,
     "resize_lora.py": resize_lora.ResizeOptions,
