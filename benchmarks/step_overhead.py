@@ -27,8 +27,9 @@ from library.dataset import latents, plan
 from library.dataset.config import DatasetConfig
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import DrawnImages, LoaderSettings, make_loader
+from library.models.family import ModelFamily
 from library.models.sd import Sd
-from library.options import read_training
+from library.options import Options, read_training
 from library.training import assembly, loading, loop
 from library.training import data as training_data
 from library.training import run as training_run
@@ -104,7 +105,7 @@ class TimedFamily:
 
 
 def make_run(model: Path, folder: Path, *, is_masked: bool, to_disk: bool, steps: int) -> loop.Run:
-    """Return a run of the example, built as train_network.py builds it."""
+    """Return a run of the example."""
     data = (ROOT / "examples" / "data").as_posix()
     mask = f"conditioning_data_dir = '{data}/photos_mask'" if is_masked else ""
     dataset = folder / "dataset.toml"
@@ -120,11 +121,16 @@ def make_run(model: Path, folder: Path, *, is_masked: bool, to_disk: bool, steps
     words += ["--cache_latents", f"--output_dir={folder}", "--output_name=step", f"--cache_dir={folder / 'cache'}"]
     words += ["--cache_latents_to_disk"] * to_disk + ["--masked_loss"] * is_masked
     options = read_training(words, "train_network").options
-    family = Sd.from_options(options)
+    return build(options, Sd.from_options(options))
+
+
+def build(options: Options, family: ModelFamily) -> loop.Run:
+    """Return the run that the options describe, as an entry script makes it."""
     checked = training_run.check(options, family)
     accelerator = training_run.make_accelerator(options, checked, family)
     epochs = training_data.make_plan(checked.data, options, 1, 1)
     told = Trackers(accelerator, checked.tracker_names)
+    steps = options.training.max_train_steps
     setting = assembly.Setting(options, family, checked, accelerator, epochs, steps, time.time(), told, uploads=None)
     return assembly.assemble(setting, loading.load(setting), None)
 

@@ -1,4 +1,6 @@
-"""Training at true size: random weights of Stable Diffusion 1.5's shapes, float32, at 64 pixels on the CPU.
+"""Training at true size: random weights in the shapes of the real checkpoint, at 64 pixels on the CPU.
+
+Stable Diffusion 1.5 in float32, or, with --family sdxl, SDXL: a float16 file trained in bfloat16.
 
 The documented command runs twice in processes of their own: for one step, which gives the time from the command to the
 first step; then for more, which gives the time of a step. Peak memory is the process's resident set, the pages of the
@@ -23,9 +25,8 @@ from typing import Any
 
 from measuring import ROOT, Figure, conclude, load, make_parser
 
-MAX_FIRST_STEP_S, MAX_PEAK_GB = 12, 5.2
-MAX_STEP_S = 1.28  # sd-scripts on a machine of this kind
 NUM_IMAGES = 6  # of the data set, and so steps in an epoch
+BYTES = {"F32": 4, "F16": 2}  # of a number, by its name in a file
 MODELS, NETWORKS = ROOT / "tests" / "data" / "models", ROOT / "tests" / "data" / "networks"
 DATASET = """
 [general]
@@ -45,14 +46,55 @@ import sys, time
 import torch
 from transformers import CLIPTextModel
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from library.models.sd import Sd
+from importlib import import_module
+family = getattr(import_module(sys.argv[2]), sys.argv[3])()
 start = time.perf_counter()
-parts = Sd().load(sys.argv[1], None, torch.float32)
+parts = family.load(sys.argv[1], None, getattr(torch, sys.argv[4]))
 for model in (parts.denoiser, parts.vae, *parts.text_encoders):
     for weight in model.parameters():
         weight.detach().flatten()[::1024].sum()
 print(time.perf_counter() - start)
 """
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model at its true size, how it is trained, and what that may take. A new one is a new row of FAMILIES."""
+
+    script: str
+    place: tuple[str, str]  # module and class of the family
+    keys: str  # in the names of the tables of the tests
+    file_format: str  # of the numbers in the checkpoint
+    loaded_format: str  # torch's name for that in memory
+    words: tuple[str, ...] = ()
+    max_first_step_s: float | None = None
+    max_step_s: float | None = None
+    max_peak_gb: float | None = None
+    max_loading: float | None = None  # times reading the file
+
+
+FAMILIES = {
+    "sd15": Family(
+        "train_network.py",
+        ("library.models.sd", "Sd"),
+        "sd15",
+        "F32",
+        "float32",
+        max_first_step_s=12,
+        max_step_s=1.28,  # sd-scripts on a machine of this kind
+        max_peak_gb=5.2,
+        max_loading=1.3,
+    ),
+    "sdxl": Family(
+        "sdxl_train_network.py",
+        ("library.models.sdxl", "Sdxl"),
+        "sdxl",
+        "F16",
+        "bfloat16",
+        words=("--mixed_precision=bf16",),
+        max_peak_gb=24 * 1.024**3,  # the memory of a small machine
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -71,16 +113,16 @@ def read(path: Path) -> Any:
         return json.load(file)
 
 
-def make_model(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Write a checkpoint of random float32 weights, a tensor at a time, unless it is there."""
+def make_model(path: Path, shapes: Mapping[str, Sequence[int]], file_format: str) -> None:
+    """Write a checkpoint of random weights, a tensor at a time, unless it is there."""
     import numpy as np
 
     if path.is_file():
         return
     header, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + BYTES[file_format] * int(np.prod(shape))
+        header[name] = {"dtype": file_format, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     generator = np.random.default_rng(0)
@@ -90,10 +132,10 @@ def make_model(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
             values = 0.02 * generator.standard_normal(int(np.prod(shape)), dtype=np.float32)
             if len(shape) == 1 and name.endswith("weight"):
                 values += 1  # a norm
-            file.write(values.tobytes())
+            file.write(values.astype(f"<f{BYTES[file_format]}").tobytes())
 
 
-def train(model: Path, dataset: Path, output: Path, num_steps: int, network_args: Sequence[str] = ()) -> Measured:
+def train(family: Family, model: Path, dataset: Path, output: Path, num_steps: int) -> Measured:
     """Return what a run of the documented command measured."""
     options = {
         "pretrained_model_name_or_path": model,
@@ -111,7 +153,7 @@ def train(model: Path, dataset: Path, output: Path, num_steps: int, network_args
         "output_name": "true-size",
     }
     words = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, "train_network.py", *words, "--masked_loss", "--cache_latents"]
+    command = [sys.executable, family.script, *words, *family.words, "--masked_loss", "--cache_latents"]
     start = time.time()
     with (output / "output.txt").open("w", encoding="utf-8") as text:
         process = subprocess.Popen(command, cwd=ROOT, stdout=text, stderr=subprocess.STDOUT)
@@ -146,12 +188,13 @@ def saved_keys(path: Path) -> frozenset[str]:
         return frozenset(file.keys())
 
 
-def load_alone(model: Path) -> tuple[float, float]:
+def load_alone(family: Family, model: Path) -> tuple[float, float]:
     """Return the seconds that loading all models takes in a new process, after its imports, and its peak in GB."""
-    command = [sys.executable, "-c", LOAD, str(model)]
+    command = [sys.executable, "-c", LOAD, str(model), *family.place, family.loaded_format]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    seconds = float(process.stdout.read())
+    with process.stdout as told:
+        seconds = float(told.read())
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
@@ -167,55 +210,59 @@ def read_whole(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def measure_loading(model: Path, runs: int) -> list[Figure]:
+def measure_loading(family: Family, model: Path, runs: int) -> list[Figure]:
     """Return how long loading takes beside reading the file, both from a warm page cache, and its peak."""
     reading = tuple(read_whole(model) for _ in range(runs + 1))[1:]
-    loading = [load_alone(model) for _ in range(runs)]
-    size_gb = model.stat().st_size / 1e9
+    loading = [load_alone(family, model) for _ in range(runs)]
+    times = family.max_loading
+    max_s, max_gb = (times and times * each for each in (median(reading), model.stat().st_size / 1e9))
     return [
         Figure("reading the file", "s", reading, num_warm_up=1),
-        Figure("loading, each page looked at", "s", tuple(s for s, _ in loading), at_most=1.3 * median(reading)),
-        Figure("peak memory of loading", "GB", tuple(peak for _, peak in loading), at_most=1.3 * size_gb),
+        Figure("loading, each page looked at", "s", tuple(s for s, _ in loading), at_most=max_s),
+        Figure("peak memory of loading", "GB", tuple(peak for _, peak in loading), at_most=max_gb),
     ]
 
 
-def measure(model: Path, folder: Path, num_epochs: int, runs: int) -> list[Figure]:
+def measure(family: Family, model: Path, folder: Path, num_epochs: int, runs: int) -> list[Figure]:
     """Return the figures of so many pairs of runs."""
     dataset = folder / "dataset.toml"
     dataset.write_text(DATASET, encoding="utf-8")
     firsts, peaks, steps = [], [], []
     for number in range(runs):
-        for name, count in (("first", 1), ("more", num_epochs * NUM_IMAGES)):
+        for name, count in (("first", 1), ("more", num_epochs * NUM_IMAGES))[: 1 + (num_epochs > 0)]:
             output = folder / f"{name}{number}"
             output.mkdir()
-            found = train(model, dataset, output, count)
-            expected = frozenset(read(NETWORKS / "lora_keys_sd15.json.gz")["variants"]["default"])
+            found = train(family, model, dataset, output, count)
+            expected = frozenset(read(NETWORKS / f"lora_keys_{family.keys}.json.gz")["variants"]["default"])
             assert found.keys == expected, f"{len(found.keys ^ expected)} keys differ from those of sd-scripts"
             peaks.append(found.peak_gb)
             if count == 1:
                 firsts.append(found.first_step_s)
             steps += found.step_s
     return [
-        Figure("command to the end of step 1", "s", tuple(firsts), at_most=MAX_FIRST_STEP_S),
-        Figure("a step", "s", tuple(steps), at_most=MAX_STEP_S),
-        Figure("peak memory", "GB", tuple(peaks), at_most=MAX_PEAK_GB),
+        Figure("command to the end of step 1", "s", tuple(firsts), at_most=family.max_first_step_s),
+        *([Figure("a step", "s", tuple(steps), at_most=family.max_step_s)] if steps else []),
+        Figure("peak memory", "GB", tuple(peaks), at_most=family.max_peak_gb),
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for."""
     parser = make_parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=4, help="of the longer run (default 4)")
+    parser.add_argument("--epochs", type=int, default=4, help="of the longer run (default 4; 0: there is none)")
     parser.add_argument("--runs", type=int, default=3, help="pairs of runs (default 3)")
+    parser.add_argument("--family", choices=FAMILIES, default="sd15")
     parser.add_argument("--model", type=Path, help="made here unless it exists; default: in a temporary folder")
     arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.runs, arguments.epochs = 1, 0
     load_before = load()
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or Path(folder) / "model.safetensors"
-        make_model(model, read(MODELS / "base_keys_sd15.json.gz")["required"])
-        figures = measure_loading(model, arguments.runs) + measure(
-            model, Path(folder), arguments.epochs, arguments.runs
-        )
+        family = FAMILIES[arguments.family]
+        make_model(model, read(MODELS / f"base_keys_{family.keys}.json.gz")["required"], family.file_format)
+        figures = measure_loading(family, model, arguments.runs)
+        figures += measure(family, model, Path(folder), arguments.epochs, arguments.runs)
     conclude(arguments, figures, load_before)
 
 

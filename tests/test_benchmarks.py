@@ -72,6 +72,20 @@ def test_the_benchmark_of_steps_takes_the_model_out(capsys):
     assert {"disk, masks on: outside the model", "weigh the loss, batch of 4 at 128"} <= set(found)
 
 
+def test_the_benchmark_of_true_size_trains_and_finds_the_keys_of_the_reference(capsys):
+    found = run("true_size", capsys, "--model", tiny_models.tiny_sd15())
+    assert {"peak memory of loading", "command to the end of step 1", "peak memory"} <= set(found)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+@pytest.mark.parametrize(("model", "make"), [("sd15", tiny_models.tiny_sd15), ("sdxl", tiny_models.tiny_sdxl)])
+def test_the_benchmark_of_a_gpu_runs_where_there_is_none(capsys, model, make):
+    found = run("gpu_step", capsys, "--models", model, "--shapes", make())
+    case = f"{model}, batch 1, checkpointing, compiled"
+    assert {f"{case}: {what}" for what in ("with masks", "without", "cost of masks")} <= set(found)
+    assert found[f"{case}: graphs compiled later"][-1] == "< 1: holds"
+
+
 def test_the_benchmark_of_merging_runs_the_commands(capsys):
     assert {"copy the model", "merge into the model", "extract"} <= set(run("merging_full_size", capsys))
 

@@ -107,7 +107,7 @@ def dataset_configs() -> list[tuple[str, str]]:
     for page in PAGES:
         blocks = [body for language, body in CODE_BLOCK.findall(page.read_text("utf-8")) if language == "toml"]
         found += [(f"{name_of(page)}-{number}", body) for number, body in enumerate(blocks) if "[[datasets" in body]
-    configs = sorted(ROOT.glob("examples/masked_lora/dataset_*.toml"))
+    configs = sorted([*ROOT.glob("examples/masked_lora/dataset_*.toml"), ROOT / "examples" / "sdxl" / "dataset.toml"])
     return found + [(name_of(path), path.read_text(encoding="utf-8")) for path in configs]
 
 
@@ -116,22 +116,23 @@ def test_every_config_that_is_shown_can_be_loaded(place, text, tmp_path):
     path = tmp_path / "dataset.toml"
     path.write_text(text, encoding="utf-8")
     options = DatasetOptions(dataset_config=path, resolution="512")
-    assert dataset_config.load(options, CaptionOptions(), MaskOptions())
+    assert dataset_config.load(options, CaptionOptions(), MaskOptions(), bucket_step_multiple=32)  # SDXL's, the finest
 
 
-def training_commands() -> list[tuple[str, str]]:
-    """Return (place, arguments) of every whole training command that a page shows."""
+def training_commands() -> list[tuple[str, str, str]]:
+    """Return (place, script, arguments) of every whole training command that a page shows."""
     found = []
     for page in PAGES:
         for _, body in CODE_BLOCK.findall(page.read_text("utf-8")):
-            if "train_network.py" in body and "--output_dir" in body:
-                found.append((name_of(page), body.partition("train_network.py")[2].replace("\\\n", " ")))
+            command = re.search(r"(\w*train_network)\.py(.*--output_dir.*)", body.replace("\\\n", " "), re.DOTALL)
+            if command:
+                found.append((name_of(page), command[1], command[2]))
     return found
 
 
-@pytest.mark.parametrize(("place", "arguments"), training_commands(), ids=[place for place, _ in training_commands()])
-def test_every_training_command_that_is_shown_is_understood(place, arguments):
-    read = read_training(shlex.split(arguments), "train_network")
+@pytest.mark.parametrize(("place", "script", "arguments"), training_commands())
+def test_every_training_command_that_is_shown_is_understood(place, script, arguments):
+    read = read_training(shlex.split(arguments), script)
     assert read.options.masks.masked_loss
     assert not read.warnings
 

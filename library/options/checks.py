@@ -127,17 +127,18 @@ def _check_rates(options: Options) -> None:
 
 
 def _check_fused(options: Options) -> None:
-    if not options.optimizer.fused_backward_pass:
+    flag = "--fused_backward_pass" if options.optimizer.fused_backward_pass else "--fused_optimizer_groups"
+    if not (options.optimizer.fused_backward_pass or options.optimizer.fused_optimizer_groups):
         return
     if options.training.gradient_accumulation_steps > 1:
         raise OptionError(
-            "--fused_backward_pass frees each gradient at once, which leaves nothing for --gradient_accumulation_steps "
+            f"{flag} frees gradients within each backward pass, which leaves nothing for --gradient_accumulation_steps "
             f"{options.training.gradient_accumulation_steps} to add up. Leave one of them out."
         )
     if options.training.mixed_precision == "fp16":
         raise OptionError(
-            "--fused_backward_pass cannot have --mixed_precision fp16, where a step whose gradients overflow is left "
-            "out as a whole. Use bf16."
+            f"{flag} cannot have --mixed_precision fp16, where a step whose gradients overflow is left out as a whole. "
+            "Use bf16."
         )
 
 
@@ -188,6 +189,9 @@ def _idle_training_options(options: Options) -> Iterator[str]:
     if options.optimizer.fused_backward_pass and options.optimizer.max_grad_norm:
         norm = options.optimizer.max_grad_norm
         yield f"--max_grad_norm {norm:g} with --fused_backward_pass: clips each weight's gradient alone; 0 is off"
+    if options.optimizer.fused_optimizer_groups and options.optimizer.max_grad_norm:
+        norm = options.optimizer.max_grad_norm
+        yield f"--max_grad_norm {norm:g} with --fused_optimizer_groups: clips each group's gradient alone; 0 is off"
     if network.network_train_unet_only and network.text_encoder_lr is not None:
         yield "--text_encoder_lr has no effect: --network_train_unet_only leaves the text encoder as it is"
     if network.network_train_text_encoder_only and network.unet_lr is not None:

@@ -22,6 +22,12 @@ class OptimizerOptions:
     fused_backward_pass: bool = option(
         False, "Step each weight within the backward pass and free its gradient at once: less memory. For one process."
     )
+    fused_optimizer_groups: int | None = option(
+        None,
+        "Part the weights into this many groups, each stepped and its gradients freed within the backward pass, once "
+        "they are all there. For one process. 0 is off.",
+        bounds=Bounds(min=0),
+    )
     use_8bit_adam: bool = option(False, "Old spelling of --optimizer_type AdamW8bit.")
     use_lion_optimizer: bool = option(False, "Old spelling of --optimizer_type Lion.")
 
@@ -29,6 +35,7 @@ class OptimizerOptions:
         """Check the values; an old spelling becomes the optimizer's name."""
         check_values(self)
         check_pairs(self.optimizer_args, "--optimizer_args")
+        self._check_fused()
         old_spellings = {
             "--use_8bit_adam": "AdamW8bit" if self.use_8bit_adam else "",
             "--use_lion_optimizer": "Lion" if self.use_lion_optimizer else "",
@@ -41,3 +48,15 @@ class OptimizerOptions:
                     f"{flag} means {name}, but {self.optimizer_type} is chosen too. Leave one of them out."
                 )
             settle(self, "optimizer_type", name)
+
+    def _check_fused(self) -> None:
+        if self.fused_optimizer_groups and self.fused_backward_pass:
+            raise OptionError(
+                "--fused_optimizer_groups steps the weights in groups and --fused_backward_pass each alone. Leave one "
+                "of them out."
+            )
+        if self.fused_optimizer_groups == 1:
+            raise OptionError(
+                "--fused_optimizer_groups 1 is all weights in one group, whose gradients are there together: nothing "
+                "is freed early. Give at least 2."
+            )

@@ -66,8 +66,9 @@ def check_sharing(options: Options, way: str) -> None:
                 f"--{name} does not go with {way}: no process has the optimizer's whole state. Leave it out; "
                 "--network_weights goes on from a saved file."
             )
-    if options.optimizer.fused_backward_pass:
-        raise OptionError(f"--fused_backward_pass does not go with {way}, which steps in its own way. Leave it out.")
+    for name in ("fused_backward_pass", "fused_optimizer_groups"):
+        if getattr(options.optimizer, name):
+            raise OptionError(f"--{name} does not go with {way}, which steps in its own way. Leave it out.")
     if options.network.scale_weight_norms:
         raise OptionError(
             f"--scale_weight_norms does not go with {way}, which keeps copies of the weights. Leave it out."

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from library.models.family import ModelFamily, Parts
     from library.options import Options
     from library.options.hub import HubOptions
+    from library.options.optimizer import OptimizerOptions
     from library.training.hub import Uploads
     from library.training.loading import Loaded
+    from networks.plugin import OptimizerGroups
 
 log = logging.getLogger(__name__)
 
@@ -121,13 +123,7 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
     trained = make_trainee(setting, parts)
     if options.training.torch_compile:
         compile_blocks(parts, options.training.dynamo_backend)
-    groups = trained.parameter_groups()
-    optimizer = optimizers.create(options.optimizer, groups.groups)
-    optimizers.train_mode(optimizer)
-    is_fused = options.optimizer.fused_backward_pass
-    if is_fused:
-        fused.check_processes(accelerator.num_processes)
-        fused.step_in_backward(optimizer, options.optimizer.max_grad_norm)
+    optimizer, descriptions = make_optimizer(options.optimizer, trained.parameter_groups(), accelerator.num_processes)
     objective = setting.family.objective(options.noise, options.loss).to(accelerator.device)
     step, prepared = distribution.prepare(
         accelerator,
@@ -172,9 +168,9 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         ),
         plan=plan,
         max_train_steps=setting.max_train_steps,
-        max_grad_norm=0 if is_fused else options.optimizer.max_grad_norm,
+        max_grad_norm=0 if fused.flag_of(options.optimizer) else options.optimizer.max_grad_norm,
         latents_of=latents_of,
-        learning_rates=lambda: learning_rates(optimizer, groups.descriptions),
+        learning_rates=lambda: learning_rates(optimizer, descriptions),
         saver=saver,
         states=StateSaver(
             options.saving, saver, state_writer(setting, live), accelerator.is_main_process, publish_state
@@ -186,6 +182,30 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         steps_done=setting.steps_done,
         reader=LossReader(accelerator.reduce if accelerator.num_processes > 1 else None),
     )
+
+
+def make_optimizer(
+    options: OptimizerOptions, wanted: OptimizerGroups, num_processes: int
+) -> tuple[Optimizer, list[str]]:
+    """Return the optimizer, which steps within the backward pass where that is asked for, and its groups' names.
+
+    Raises: OptionError.
+    """
+    flag = fused.flag_of(options)
+    if flag is not None:
+        fused.check_processes(flag, num_processes)
+    if flag != fused.GROUPS:
+        optimizer = optimizers.create(options, wanted.groups)
+        optimizers.train_mode(optimizer)
+        if flag is not None:
+            fused.step_in_backward(optimizer, options.max_grad_norm)
+        return optimizer, wanted.descriptions
+    parting = fused.part(wanted.groups, options.fused_optimizer_groups or 0)
+    optimizer = optimizers.create(options, parting.groups)
+    optimizers.train_mode(optimizer)
+    fused.step_by_group(optimizer, parting.members, options.max_grad_norm)
+    log.info("%d groups of weights step within the backward pass", len(parting.members))
+    return optimizer, [wanted.descriptions[origin] for origin in parting.origins]
 
 
 def publishers(uploads: Uploads | None, options: HubOptions) -> tuple[Publish, Publish]:
@@ -295,7 +315,10 @@ def compile_blocks(parts: Parts, backend: str) -> None:
 
 
 def learning_rates(optimizer: Optimizer, descriptions: list[str]) -> dict[str, float]:
-    """Return the rate of each group by name; of optimizers that adapt their rate also what it comes to."""
+    """Return the rate of each group by name; of optimizers that adapt their rate also what it comes to.
+
+    Groups may share a name, and then have one rate; what each adapts it to is numbered.
+    """
     rates = {}
     for name, group in zip(descriptions, optimizer.param_groups, strict=True):
         rate = group.get("lr")
@@ -303,5 +326,7 @@ def learning_rates(optimizer: Optimizer, descriptions: list[str]) -> dict[str, f
             continue
         rates[name] = float(rate)
         if isinstance(group.get("d"), float):
-            rates[f"d*lr/{name}"] = group["d"] * float(rate)
+            shown = f"d*lr/{name}"
+            same = sum(each == shown or each.startswith(f"{shown}/") for each in rates)  # its weights are parted
+            rates[f"{shown}/{same + 1}" if same else shown] = group["d"] * float(rate)
     return rates

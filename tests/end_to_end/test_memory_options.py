@@ -29,6 +29,25 @@ def test_a_run_with_steps_in_the_backward_pass_is_resumed_bit_for_bit(train: Tra
     assert not differing(resumed.tensors, whole.tensors)
 
 
+def test_a_run_with_groups_that_step_in_the_backward_pass_is_the_plain_run(train: Train, config: Path) -> None:
+    options = ("--max_grad_norm", 0, "--max_train_steps", 4, "--lr_scheduler", "linear", "--text_encoder_lr", 1e-4)
+    plain = train(config, *options, name="plain")
+    fused = train(config, *options, "--fused_optimizer_groups", 10, "--gradient_checkpointing", name="fused")
+    assert fused.losses == plain.losses
+    assert fused.curve("lr/unet") == plain.curve("lr/unet")
+    assert not differing(fused.tensors, plain.tensors)
+
+
+def test_a_run_with_groups_that_adapt_their_rates_is_resumed_bit_for_bit(train: Train, config: Path) -> None:
+    pytest.importorskip("prodigyopt")
+    options = ("--fused_optimizer_groups", 3, "--optimizer_type", "Prodigy", "--learning_rate", 1)
+    options += ("--max_grad_norm", 1, "--max_train_steps", 4)
+    whole = train(config, *options, "--save_state", "--save_every_n_steps", 2, name="whole")
+    state = whole.folder / "out" / "lora-step00000002-state"
+    resumed = train(config, *options, "--resume", state, name="resumed")
+    assert not differing(resumed.tensors, whole.tensors)
+
+
 def test_clipping_weight_by_weight_is_announced_and_not_the_same(
     train: Train, config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,14 @@ def test_showing_a_dataset_needs_no_model():
             "--cache_text_encoder_outputs cannot be with --dataset_class",
         ),
         (["--fused_backward_pass", "--mixed_precision=fp16"], "--fused_backward_pass cannot have .* fp16"),
+        (
+            ["--fused_optimizer_groups=4", "--gradient_accumulation_steps=2"],
+            "--fused_optimizer_groups frees .* 2 to add",
+        ),
+        (["--fused_optimizer_groups=4", "--mixed_precision=fp16"], "--fused_optimizer_groups cannot have .* fp16"),
+        (["--fused_optimizer_groups=4", "--fused_backward_pass"], "each alone. Leave one of them out"),
+        (["--fused_optimizer_groups=1"], "nothing is freed early. Give at least 2"),
+        (["--fused_optimizer_groups=-1"], "--fused_optimizer_groups must be at least 0"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(arguments: list[str], message: str):
@@ -80,6 +88,10 @@ def test_options_that_contradict_each_other_are_refused(arguments: list[str], me
         (["--dynamo_backend=eager"], "--dynamo_backend has no effect"),
         (["--network_train_unet_only", "--text_encoder_lr=1e-4"], "--text_encoder_lr has no effect"),
         (["--network_train_text_encoder_only", "--unet_lr=1e-4"], "--unet_lr has no effect"),
+        (
+            ["--fused_optimizer_groups=4"],
+            "--max_grad_norm 1 with --fused_optimizer_groups: clips each group's gradient",
+        ),
         (["--huber_c=0.2"], "--huber_schedule, --huber_c and --huber_scale have no effect with --loss_type l2"),
         (["--save_n_epoch_ratio=2", "--save_every_n_epochs=1"], "--save_every_n_epochs has no effect"),
         (["--save_last_n_epochs=2"], "--save_last_n_epochs has no effect"),

@@ -14,6 +14,7 @@ FUSABLE = (
     OptimizerOptions(optimizer_type="AdamW"),
     OptimizerOptions(optimizer_type="AdamW8bit"),
     OptimizerOptions(optimizer_type="SGDNesterov"),
+    OptimizerOptions(optimizer_type="AdamWScheduleFree"),
 )
 STEPS = 4
 
@@ -27,7 +28,11 @@ def optimizer_of(options: OptimizerOptions, trained: nn.Sequential) -> torch.opt
     """Return an optimizer with a rate of its own for each layer."""
     layers = [layer for layer in trained if isinstance(layer, nn.Linear)]
     groups = [{"params": list(layer.parameters()), "lr": 0.01 / (1 + i)} for i, layer in enumerate(layers)]
-    return optimizers.create(options, groups)
+    if options.optimizer_type.endswith("ScheduleFree"):
+        pytest.importorskip("schedulefree")
+    optimizer = optimizers.create(options, groups)
+    optimizers.train_mode(optimizer)
+    return optimizer
 
 
 def backward(trained: nn.Module, number: int) -> None:
@@ -115,9 +120,9 @@ def test_optimizers_that_work_weight_by_weight_are_taken(options: OptimizerOptio
     fused.check(OptimizerOptions(**{**vars(options), "fused_backward_pass": True}))
 
 
-@pytest.mark.parametrize("name", ["Prodigy", "DAdaptAdam", "AdamWScheduleFree"])
-def test_optimizers_that_look_at_all_weights_are_refused(name: str) -> None:
-    pytest.importorskip({"Prodigy": "prodigyopt", "DAdaptAdam": "dadaptation"}.get(name, "schedulefree"))
+@pytest.mark.parametrize(("name", "package"), [("Prodigy", "prodigyopt"), ("DAdaptAdam", "dadaptation")])
+def test_optimizers_that_look_at_all_weights_are_refused(name: str, package: str) -> None:
+    pytest.importorskip(package)
     with pytest.raises(OptionError, match=f"--fused_backward_pass .* {name} looks at all of them"):
         fused.check(OptimizerOptions(optimizer_type=name, fused_backward_pass=True))
 
@@ -127,6 +132,6 @@ def test_without_the_option_any_optimizer_is_taken() -> None:
 
 
 def test_several_processes_are_refused() -> None:
-    fused.check_processes(1)
-    with pytest.raises(OptionError, match="for one process, and there are 2"):
-        fused.check_processes(2)
+    fused.check_processes(fused.WEIGHTS, 1)
+    with pytest.raises(OptionError, match="--fused_backward_pass is for one process, and there are 2"):
+        fused.check_processes(fused.WEIGHTS, 2)
