@@ -224,6 +224,20 @@ def test_a_model_that_predicts_velocity_is_trained_so(sdxl):
     assert velocity.metadata["modelspec.prediction_type"] == "v"
 
 
+@pytest.mark.parametrize(
+    ("module", "starts"),
+    [
+        ("networks.lora_fa", {"lora_te1", "lora_te2", "lora_unet"}),
+        ("networks.dylora", {"lora_te1", "lora_te2", "lora_unet"}),
+        ("networks.oft", {"oft_unet"}),
+    ],
+)
+def test_other_networks_train_on_sdxl_under_its_names(sdxl, module, starts):
+    run = sdxl("--network_module", module, "--network_dim", 4, "--network_alpha", "1e-3")
+    assert {"_".join(name.split("_")[:2]) for name in run.tensors} == starts
+    assert any("_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q." in name for name in run.tensors)
+
+
 def test_lycoris_trains_on_sdxl(sdxl):
     pytest.importorskip("lycoris")
     run = sdxl("--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp")
