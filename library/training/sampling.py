@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from library.progress import progress
 from library.training.painting import Drawing, Painter
-from library.training.prompts import SamplePrompt, read_prompts
+from library.training.prompts import SIDE, SamplePrompt, read_prompts
 from library.training.saving import saved_file
 from library.training.schedulers import SAMPLERS, check_sampler
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check(options: SamplingOptions, side: int) -> list[SamplePrompt]:
+def check(options: SamplingOptions, side: int = SIDE) -> list[SamplePrompt]:
     """Return the prompts to be drawn, none when no previews are asked for; to be called before anything slow.
 
     Args:

@@ -141,3 +141,15 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("Gem\xe4lde".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
         read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("ending", ["txt", "toml", "json"])
+def test_a_prompt_that_names_no_size_has_the_familys(tmp_path, ending):
+    texts = {
+        "txt": "a cat\na dog --w 640",
+        "toml": '[prompt]\nprompt = "a cat"\n[[prompt.subset]]\n[[prompt.subset]]\nwidth = 640',
+        "json": '["a cat", {"prompt": "a dog", "width": 640}]',
+    }
+    (tmp_path / f"p.{ending}").write_text(texts[ending], encoding="utf-8")
+    prompts = read_prompts(tmp_path / f"p.{ending}", 1024)
+    assert [(prompt.width, prompt.height) for prompt in prompts] == [(1024, 1024), (640, 1024)]
