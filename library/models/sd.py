@@ -227,7 +227,8 @@ class Sd:
 
     def lora_targets(self, parts: Parts) -> Iterator[LoraTarget]:
         """Yield every module that a LoRA can adapt, in the order of LoRA files: text encoder, then U-Net."""
-        yield from lora_targets.of_text_encoder(parts.text_encoders[0], "lora_te")
+        for text_encoder in parts.text_encoders:  # none where all captions are encoded already
+            yield from lora_targets.of_text_encoder(text_encoder, "lora_te")
         yield from lora_targets.of_unet(parts.denoiser)
 
     def enable_gradient_checkpointing(

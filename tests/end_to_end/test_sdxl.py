@@ -165,7 +165,7 @@ def test_the_unet_is_told_of_the_crop_that_was_made(tmp_path):
     options = read_training(arguments(SDXL, tmp_path, dataset), "sdxl_train_network").options
     data = training_data.read(options, Sdxl.bucket_step_multiple)
     plan = training_data.make_plan(data, options, 1, 1)
-    batch = next(iter(training_data.load(data, options, plan, None, Sdxl(), 1)))
+    batch = next(iter(training_data.load(data, options, plan, training_data.Stores(), Sdxl(), 1)))
     assert batch.original_sizes.tolist() == [[100, 200]]
     assert batch.crop_top_lefts.tolist() == [[0, 32]]
     assert batch.target_sizes.tolist() == [[64, 64]]
