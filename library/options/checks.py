@@ -91,7 +91,7 @@ def _check_text_cache(options: Options) -> None:
     if not options.network.network_train_unet_only:
         raise OptionError(
             "--cache_text_encoder_outputs encodes the captions before training, so that the text encoders cannot be "
-            "trained. Add --network_train_unet_only, or leave it out."
+            "trained. Leave out one of --cache_text_encoder_outputs and --network_train_text_encoder_only."
         )
 
 

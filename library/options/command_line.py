@@ -107,12 +107,29 @@ def read_command_line(
         values = {**from_file, **values}
         warnings += file_warnings
     warnings += _without_reader(values, script)
+    values, said = _with_unet_only(values)
+    warnings += said
     options = build_all(values)
     if is_writing:
         path = config_file.path_of(file)
         config_file.write(path, values)
         made.exit(0, f"{path} is written.\n")
     return CommandLine(options, own, tuple(warnings))
+
+
+def _with_unet_only(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values with what cached text requires, and a warning if it was not asked for.
+
+    The guide's command for SDXL has the cache beside rates for the text encoders, which sd-scripts refuses.
+    """
+    is_cached = values.get("cache_text_encoder_outputs") or values.get("cache_text_encoder_outputs_to_disk")
+    if not is_cached or values.get("network_train_unet_only") or values.get("network_train_text_encoder_only"):
+        return values, []
+    warning = (
+        "--cache_text_encoder_outputs requires --network_train_unet_only, which is taken as given: captions are "
+        "encoded before training, so THE TEXT ENCODERS ARE NOT TRAINED. To train them, leave the cache out"
+    )
+    return {**values, "network_train_unet_only": True}, [warning]
 
 
 def _known() -> dict[str, Declared]:

@@ -34,12 +34,12 @@ from tests.tiny_models import tiny_sdxl_folder
 STILL = ("--learning_rate", "1e-12", "--max_train_steps", 1)  # so slow that nothing is learnt
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL_ID = "somebody/tiny-sdxl"
-# the guide's, without the paths, and with the options that --cache_text_encoder_outputs takes the place of
+# the guide's, without the paths
 GUIDE = """
     --save_model_as=safetensors --network_module=networks.lora --network_dim=32 --network_alpha=16
     --learning_rate=1e-4 --unet_lr=1e-4 --text_encoder_lr1=1e-5 --text_encoder_lr2=1e-5 --optimizer_type=AdamW8bit
     --lr_scheduler=constant --max_train_epochs=2 --save_every_n_epochs=1 --mixed_precision=bf16
-    --gradient_checkpointing --cache_latents
+    --gradient_checkpointing --cache_text_encoder_outputs --cache_latents
 """
 
 
@@ -74,6 +74,7 @@ def test_the_guides_command_trains_with_mask_images_and_transparency(sdxl, pictu
     assert run.names() == ["lora-000001.safetensors", "lora.safetensors"]
     down = run.tensors["lora_unet_input_blocks_4_1_proj_in.lora_down.weight"]
     assert down.shape[0] == 32
+    assert {name.partition("_")[2].partition("_")[0] for name in run.tensors} == {"unet"}  # as a warning says
     assert json.loads(run.metadata["ss_datasets"])[0]["num_train_images"] == 4
 
 

@@ -350,7 +350,7 @@ def test_the_cache_lies_beside_the_images_or_in_cache_dir(encoded: Encoded, phot
         (["--network_train_unet_only", "--shuffle_caption"], "shuffle_caption is on for"),
         (["--network_train_unet_only", "--token_warmup_step", 2], "token_warmup_step is on for"),
         (["--network_train_unet_only", "--caption_tag_dropout_rate", 0.5], "caption_tag_dropout_rate is on for"),
-        ([], "Add --network_train_unet_only"),
+        (["--network_train_text_encoder_only"], "the text encoders cannot be trained"),
     ],
     ids=["shuffle", "warmup", "tags", "text encoder"],
 )

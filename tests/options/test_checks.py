@@ -52,7 +52,7 @@ def test_showing_a_dataset_needs_no_model():
         (["--scale_v_pred_loss_like_noise_pred"], "needs --v_parameterization"),
         (["--v_pred_like_loss=0.5", "--v_parameterization"], "--v_pred_like_loss is not for --v_parameterization"),
         (["--fused_backward_pass", "--gradient_accumulation_steps=2"], "--gradient_accumulation_steps 2 to add up"),
-        (["--cache_text_encoder_outputs"], "Add --network_train_unet_only"),
+        (["--cache_text_encoder_outputs", "--network_train_text_encoder_only"], "Leave out one of"),
         (
             ["--cache_text_encoder_outputs", "--network_train_unet_only", "--dataset_class=a.B"],
             "--cache_text_encoder_outputs cannot be with --dataset_class",
@@ -80,6 +80,7 @@ def test_options_that_contradict_each_other_are_refused(arguments: list[str], me
         (["--token_warmup_min=3"], "--token_warmup_min has no effect without --token_warmup_step"),
         (["--skip_cache_check", "--cache_latents"], "--skip_cache_check has no effect"),
         (["--cache_dir=cache", "--cache_latents"], "--cache_dir has no effect"),
+        (["--cache_text_encoder_outputs"], "--cache_text_encoder_outputs requires --network_train_unet_only"),
         (["--text_encoder_batch_size=4"], "--text_encoder_batch_size has no effect"),
         (["--noise_offset_random_strength"], "--noise_offset_random_strength has no effect"),
         (["--ip_noise_gamma_random_strength"], "--ip_noise_gamma_random_strength has no effect"),
