@@ -1,4 +1,4 @@
-"""Train a LoRA on Stable Diffusion 1.x: accelerate launch train_network.py --help."""
+"""Train a LoRA on Stable Diffusion 1.x or 2.x: accelerate launch train_network.py --help."""
 
 import sys
 
