@@ -31,7 +31,9 @@ def main(script: str, family: str, argv: Sequence[str] | None = None) -> int:
     """
     # GNU OpenMP's threads spin while they wait, and where cores are shared that makes torch 30 times slower.
     # It reads the setting when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: sleeping at once costs a fifth of a step
     try:
         read = read_training(sys.argv[1:] if argv is None else argv, script)
         set_up_logging(read.options.logging)
