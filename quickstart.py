@@ -76,7 +76,7 @@ def needs_installation(stamp: Path, wanted: str, *, torch_chosen: bool) -> bool:
 
 def run(command: list[str], failure: str) -> None:
     """Run a program in the root of the project, showing its output; StepError with its exit code if it fails."""
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUTF8": "1"}
+    settings = {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
     code = subprocess.run(command, cwd=ROOT, env={**settings, **os.environ}, check=False).returncode
     if code:
         raise StepError(failure, code if code > 0 else 128 - code)
