@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.models.checkpoint import open_tensors
+from networks import sdxl_merge_lora
 from networks.checkpoint_places import SD1, Kind, places
 from networks.files import StoredModule, modules_in
 from networks.lora_file import tensors_of
@@ -75,3 +76,17 @@ def worst_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> fl
     """Return the largest relative error, in the Frobenius norm, over modules of the same names."""
     assert found.keys() == wanted.keys()
     return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
+
+
+def merge_for_sdxl(files, ratios, out, *more, model=None) -> dict[str, Tensor]:
+    """Return what sdxl_merge_lora.py writes to out."""
+    into = [] if model is None else ["--sd_model", model]
+    argv = [*into, "--models", *files, "--ratios", *ratios, "--save_to", out, *more]
+    assert sdxl_merge_lora.main([str(each) for each in argv]) == 0
+    return load_file(out)
+
+
+def refusal_for_sdxl(capsys, *argv) -> str:
+    """Return the one line in which sdxl_merge_lora.py refuses these arguments."""
+    assert sdxl_merge_lora.main([str(each) for each in argv]) == 2
+    return error_line(capsys.readouterr().err)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from library import whole_file as files
 from library.errors import DataError
 from library.whole_file import MARK, whole_file
 
@@ -118,3 +119,26 @@ def remove_abandoned(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > ABANDONED_S:
                 left.unlink()
+
+
+def check_writable(entries: Iterable[Path], cache: str) -> None:
+    """Find out, before any model is loaded, whether entries that are missing can be written.
+
+    Args:
+        entries: files of the cache, there or not.
+        cache: what users call it.
+
+    Raises: DataError; a folder that cannot be written to is no error while it has all the entries.
+    """
+    seen: set[Path] = set()
+    for entry in entries:
+        if entry.parent in seen or entry.exists():
+            continue
+        seen.add(entry.parent)
+        try:
+            files.check_writable(entry.parent)
+        except OSError as error:
+            raise DataError(
+                f"{entry.parent}: the {cache} cannot be written there ({error.strerror or error}). "
+                "Name another folder for it with --cache_dir."
+            ) from None

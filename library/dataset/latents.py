@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from library import whole_file
 from library.cache import fill, latents
-from library.cache.entries import dtype_name, remove_abandoned
+from library.cache.entries import check_writable, dtype_name, remove_abandoned
 from library.cache.fill import Encoder, Request, Source, ahead, default_num_threads
 from library.cache.latents import CachedLatents, Fingerprint, Stamp, State, Verdict, Wanted
 from library.cache.store import LatentStore, Stored
@@ -62,24 +61,10 @@ def refuse_uncacheable(configs: Iterable[DatasetConfig]) -> None:
                 log.warning("%s: face_crop_aug_range has no effect with --cache_latents", subset.source)
 
 
-def check_writable(samples: Iterable[Sample], family: str, cache_dir: Path | None) -> None:
-    """Find out, before any model is loaded, whether entries that are missing can be written.
-
-    Raises: DataError; a folder that cannot be written to is no error while it has all the entries.
-    """
-    seen: set[Path] = set()
-    for sample in samples:
-        entry = latents.entry_path(sample.path, sample.transform.target, family, cache_dir)
-        if entry.parent in seen or entry.exists():
-            continue
-        seen.add(entry.parent)
-        try:
-            whole_file.check_writable(entry.parent)
-        except OSError as error:
-            raise DataError(
-                f"{entry.parent}: the latent cache cannot be written there ({error.strerror or error}). "
-                "Name another folder for it with --cache_dir."
-            ) from None
+def check_cache_folders(samples: Iterable[Sample], family: str, cache_dir: Path | None) -> None:
+    """Find out, before any model is loaded, whether missing entries can be written. Raises: DataError."""
+    places = (latents.entry_path(each.path, each.transform.target, family, cache_dir) for each in samples)
+    check_writable(places, "latent cache")
 
 
 def build_store(

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from library import whole_file
 from library.cache import text
 from library.cache.text import Key
 from library.dataset import captions
@@ -60,22 +59,3 @@ def places_of(folders: dict[Key, Path], family: str, cache_dir: Path | None) -> 
     return {
         key: text.entry_path(text.entry_folder(cache_dir or folder, family), key) for key, folder in folders.items()
     }
-
-
-def check_writable(places: Iterable[Path]) -> None:
-    """Find out, before any model is loaded, whether entries that are missing can be written.
-
-    Raises: DataError; a folder that cannot be written to is no error while it has all the entries.
-    """
-    seen: set[Path] = set()
-    for entry in places:
-        if entry.parent in seen or entry.exists():
-            continue
-        seen.add(entry.parent)
-        try:
-            whole_file.check_writable(entry.parent)
-        except OSError as error:
-            raise DataError(
-                f"{entry.parent}: the text cache cannot be written there ({error.strerror or error}). "
-                "Name another folder for it with --cache_dir."
-            ) from None

@@ -172,7 +172,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
     distribution.check_validation(options.deepspeed, len(data.validation))
     if options.caching.cache_latents_to_disk:
         cache_dir = Path(options.caching.cache_dir) if options.caching.cache_dir else None
-        latents.check_writable(data.all_samples, family.name, cache_dir)
+        latents.check_cache_folders(data.all_samples, family.name, cache_dir)
     if options.caching.cache_text_encoder_outputs:
         text_cache.check(data, prompts, options.caching, family.name)
     # over one weight: finds what only the optimizer's and the schedule's own code can tell

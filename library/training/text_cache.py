@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.cache import text_fill
+from library.cache import entries, text_fill
 from library.cache.text_fill import Survey, TextSettings
 from library.dataset import texts
 from library.models import checkpoint
@@ -78,7 +78,7 @@ def check(data: Data, prompts: Sequence[SamplePrompt], options: CachingOptions, 
     """Find out, before any model is loaded, whether all captions can be cached. Raises: DataError."""
     for places in places_of(data, prompts, options, family):
         if options.cache_text_encoder_outputs_to_disk:
-            texts.check_writable(places.values())
+            entries.check_writable(places.values(), "text cache")
 
 
 def survey(

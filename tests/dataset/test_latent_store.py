@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.images import mean_mask_weight, read_mask_weights
-from library.dataset.latents import build_store, check_writable, refuse_uncacheable
+from library.dataset.latents import build_store, check_cache_folders, refuse_uncacheable
 from library.errors import DataError, OptionError
 from library.masks import MaskSource, to_array
 
@@ -374,16 +374,16 @@ def read_only(monkeypatch):
 def test_a_place_where_missing_entries_cannot_be_written_is_found_early(pictures, monkeypatch):
     read_only(monkeypatch)
     with pytest.raises(DataError, match=r"img: the latent cache cannot be written there \(Read-only.*--cache_dir"):
-        check_writable([sample_of(picture) for picture in pictures], "sd", None)
+        check_cache_folders([sample_of(picture) for picture in pictures], "sd", None)
 
 
 def test_a_read_only_folder_that_has_all_entries_will_do(pictures, encoder, monkeypatch):
     samples = [sample_of(picture) for picture in pictures]
     build_store(samples, settings_of(), encoder)
     read_only(monkeypatch)
-    check_writable(samples, settings_of().family, None)
+    check_cache_folders(samples, settings_of().family, None)
 
 
 def test_looking_whether_a_cache_can_be_written_leaves_nothing(pictures, tmp_path):
-    check_writable([sample_of(picture) for picture in pictures], "sd", tmp_path / "new" / "cache")
+    check_cache_folders([sample_of(picture) for picture in pictures], "sd", tmp_path / "new" / "cache")
     assert not (tmp_path / "new").exists()

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from dataset.pictures import sample_of
 
+from library.cache.entries import check_writable
 from library.dataset import captions
 from library.dataset.config import DatasetConfig, SubsetConfig
-from library.dataset.texts import captions_of, check_writable, places_of, refuse_uncacheable
+from library.dataset.texts import captions_of, places_of, refuse_uncacheable
 from library.errors import DataError, OptionError
 
 PLAIN = SubsetConfig(Path("images"))
@@ -83,6 +84,6 @@ def test_a_folder_that_cannot_be_written_is_found_unless_it_has_all(tmp_path, mo
     there = tmp_path / "text_sd" / "a.safetensors"
     there.parent.mkdir()
     there.touch()
-    check_writable([there])
+    check_writable([there], "text cache")
     with pytest.raises(DataError, match="--cache_dir"):
-        check_writable([there, there.with_name("b.safetensors")])
+        check_writable([there, there.with_name("b.safetensors")], "text cache")

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from lora_samples import deltas, error_line, linear_sum, worst_error, write_random
+from lora_samples import merge_for_sdxl as merge
+from lora_samples import refusal_for_sdxl as refusal
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sd15, tiny_sdxl
 
@@ -14,18 +16,6 @@ from library.models.sdxl import Sdxl
 from networks import lora, merge_lora, resize_lora, sdxl_merge_lora, svd_merge_lora
 from networks.checkpoint_places import SDXL
 from networks.diffusers_names import converted
-
-
-def merge(files, ratios, out, *more, model=None) -> dict[str, torch.Tensor]:
-    into = [] if model is None else ["--sd_model", model]
-    argv = [*into, "--models", *files, "--ratios", *ratios, "--save_to", out, *more]
-    assert sdxl_merge_lora.main([str(each) for each in argv]) == 0
-    return load_file(out)
-
-
-def refusal(capsys, *argv) -> str:
-    assert sdxl_merge_lora.main([str(each) for each in argv]) == 2
-    return error_line(capsys.readouterr().err)
 
 
 def as_other_tools_name_it(path: Path, folder: Path) -> Path:

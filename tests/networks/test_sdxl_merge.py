@@ -8,13 +8,14 @@ import torch
 from lora_samples import (
     delta,
     deltas,
-    error_line,
     linear_sum,
     metadata_of,
     reference_file,
     worst_error,
     write_random,
 )
+from lora_samples import merge_for_sdxl as merge
+from lora_samples import refusal_for_sdxl as refusal
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sd15, tiny_sd21, tiny_sdxl
 
@@ -36,18 +37,6 @@ IN_OPENCLIP = {
     "mlp_fc1": ("mlp.c_fc.weight", None),
     "mlp_fc2": ("mlp.c_proj.weight", None),
 }
-
-
-def merge(files, ratios, out, *more, model=None) -> dict[str, torch.Tensor]:
-    into = [] if model is None else ["--sd_model", model]
-    argv = [*into, "--models", *files, "--ratios", *ratios, "--save_to", out, *more]
-    assert sdxl_merge_lora.main([str(each) for each in argv]) == 0
-    return load_file(out)
-
-
-def refusal(capsys, *argv) -> str:
-    assert sdxl_merge_lora.main([str(each) for each in argv]) == 2
-    return error_line(capsys.readouterr().err)
 
 
 def place_in(tensors, name) -> tuple[str, int | None]:
