@@ -60,6 +60,9 @@ class Batch:
     preserved: Tensor | None = None  # (B,) bool: the target is the untrained model's prediction; None: of no image
     share: Share | None = None  # of several processes; None: these are all images of the batch
     text: Mapping[str, Tensor] | None = None  # cached outputs of the text encoders (B, ...), see family.text_of
+    dropped_texts: Tensor | None = None  # (B, text encoders) bool: which are not heard in this step; None: none
+    crop_offset: tuple[float, float] | None = None  # top, left in [0, 1): of the window of positions; None: the middle
+    kept_tokens: Tensor | None = None  # (B, K) int64: the picture's tokens that are computed; None: all
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with every tensor on device; copies from pinned memory do not wait."""

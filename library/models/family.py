@@ -35,6 +35,10 @@ class LatentSpace:
         return latents / self.scale + self.shift
 
 
+class Absent(nn.Module):
+    """Stands where a text encoder is missing, so that the others keep their places."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """The loaded models of one family."""
