@@ -76,6 +76,10 @@ class ModelFamily(Protocol):
         """The name of the base model in the metadata of files, "sd_v1"."""
 
     @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts, in the words of samplers: "epsilon", "v_prediction" or "flow"."""
+
+    @property
     def leaves_text_layers_out(self) -> bool:
         """Whether the last of a text encoder's layers have no part in what `encode_text` returns."""
 
