@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import Tensor
 if __package__ in (None, ""):  # started as a file: the project's folder is two levels up
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.embedded_model.make import PRECISIONS, write_tokenizer
+from examples.embedded_model.make import PRECISIONS
 from examples.embedded_model.starting_weights import CARRYING_WIDTH, shape_vae
 from library.models.checkpoint import write_safetensors
 from library.models.clip_tokens import BOS, EOS

@@ -87,6 +87,10 @@ class ModelFamily(Protocol):
         """Whether what the cache keeps of a caption is all that `predict` takes as text."""
 
     @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts, in the words of samplers: "epsilon", "v_prediction" or "flow"."""
+
+    @property
     def leaves_text_layers_out(self) -> bool:
         """Whether the last of a text encoder's layers have no part in what `encode_text` returns."""
 

@@ -43,6 +43,11 @@ class Sd(Plain):
     preview_side = 512
     other_networks = recognition.other_networks(recognition.SD)
 
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: the noise, or the velocity."""
+        return "v_prediction" if self.v_parameterization else "epsilon"
+
     @classmethod
     def from_options(cls, options: Any) -> Sd:
         """Return the family as the model options describe it."""

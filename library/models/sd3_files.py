@@ -27,7 +27,7 @@ EMBEDDED = {name: f"text_encoders.{name}.transformer." for name in ENCODERS}  # 
 FOLDERS = dict(zip(ENCODERS, ("text_encoder", "text_encoder_2", "text_encoder_3"), strict=True))
 # a tensor that shows where a text encoder's names begin
 CLIP_SIGNS = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
-SIGNS = {name: CLIP_SIGNS for name in CLIP} | {"t5xxl": ("encoder.block.0.layer.0.SelfAttention.q.weight",)}
+SIGNS = dict.fromkeys(CLIP, CLIP_SIGNS) | {"t5xxl": ("encoder.block.0.layer.0.SelfAttention.q.weight",)}
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,7 @@ def _width(source: TensorSource) -> int:
 def text_fingerprints(files: Files) -> list[str]:
     """Return 32 hex digits for each text encoder, "none" for one that is not there, read without loading them."""
     sources = [files.text(name) for name in ENCODERS]
-    return [
-        "none" if source is None else sd3_text.fingerprint(source, slot) for slot, source in enumerate(sources)
-    ]
+    return ["none" if source is None else sd3_text.fingerprint(source, slot) for slot, source in enumerate(sources)]
 
 
 def open_vae(checkpoint: str, vae_path: str | None, is_mapped: bool) -> TensorSource:

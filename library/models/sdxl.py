@@ -50,6 +50,11 @@ class Sdxl(Plain):
     leaves_text_layers_out = True  # of the first text encoder the last
     base_model_version = "sdxl_base_v1-0"
 
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: the noise, or the velocity."""
+        return "v_prediction" if self.v_parameterization else "epsilon"
+
     @classmethod
     def from_options(cls, options: Any) -> Sdxl:
         """Return the family as the model options describe it."""

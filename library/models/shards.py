@@ -11,6 +11,7 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.models.checkpoint import TensorSource, open_tensors
 
+
 class Shards:
     """The tensors of several files under an index, as if they were in one."""
 

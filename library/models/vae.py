@@ -105,7 +105,8 @@ def check_channels(source: TensorSource, names: Mapping[str, str], channels: int
     found = _channels(source, names)
     if found != channels:
         raise CheckpointError(
-            f"{source.path}: this VAE's latents have {found} channels, the model's {channels}. Give the model's own VAE."
+            f"{source.path}: this VAE's latents have {found} channels, the model's have {channels}. "
+            "Give the model's own VAE."
         )
 
 

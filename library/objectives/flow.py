@@ -39,8 +39,6 @@ class Flow:
         Args:
             flow: scheme and shift.
             options: for the bounds of the timesteps; the rest of it does not apply to a flow.
-
-        Raises: OptionError for timestep bounds that leave nothing to draw.
         """
         bounds = noise.timestep_range(options.min_timestep, options.max_timestep, losses.NUM_TIMESTEPS)
         sigmas = sigmas_at(torch.arange(losses.NUM_TIMESTEPS))

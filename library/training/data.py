@@ -71,6 +71,7 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
+    _warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:
@@ -83,6 +84,11 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
             if getattr(options.validation, name) is not None:
                 log.warning("--%s has no effect: no image is held back, see --validation_split", name)
     return Data(configs, found.samples, found.validation)
+
+
+def _warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
+    if reach is not None and all(sample.mask.kind == "none" for sample in samples):
+        log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
 
 
 def make_plan(data: Data, options: Options, seed: int, num_processes: int) -> RunPlan:

@@ -63,7 +63,9 @@ def load_text(setting: Setting, parts: Parts) -> tuple[Parts, Texts | None]:
         merge_base_weights(setting, parts)
     texts = text_cache.fill(pending, family, parts, formats.autocast, accelerator)
     is_loaded = bool(parts.text_encoders)
-    kept = family.beside_cache(parts.text_encoders) if is_loaded else family.load_beside_cache(checkpoint, formats.frozen)
+    kept = (
+        family.beside_cache(parts.text_encoders) if is_loaded else family.load_beside_cache(checkpoint, formats.frozen)
+    )
     parts = replace(parts, text_encoders=kept)
     gc.collect()  # modules that know of each other would stay until the collector comes by
     if accelerator.device.type == "cuda":

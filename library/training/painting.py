@@ -30,7 +30,7 @@ class Drawing:
     """How the models are to be run."""
 
     autocast_dtype: torch.dtype | None = None  # half precision of the denoiser and text encoders; None: as they are
-    prediction_type: str = "epsilon"  # or "v_prediction"
+    prediction_type: str = "epsilon"  # or "v_prediction" or "flow"
     zero_terminal_snr: bool = False  # the noise schedule ends in pure noise
     modules: tuple[nn.Module, ...] = ()  # further ones to be in evaluation mode meanwhile: the network being trained
     texts: TextStore | None = None  # prompts that were encoded while there were text encoders; None: there are
