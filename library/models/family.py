@@ -174,8 +174,12 @@ class ModelFamily(Protocol):
 class Plain:
     """The answers of a family to which nothing of this applies."""
 
-    caches_all_text = True
     saved_texts: tuple[str, ...] = ()
+
+    @property
+    def caches_all_text(self) -> bool:
+        """Say that nothing but the cache is needed."""
+        return True
 
     def text_tensors(self, text_encoders: tuple[nn.Module, ...]) -> dict[str, dict[str, Tensor]]:
         """Return no tensors: no text encoder is saved."""
