@@ -190,10 +190,17 @@ def load(
 ) -> BatchLoader:
     """Return the endless batches after steps_done, of each the part of this process (index, of how many)."""
     settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight, *process)
-    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=stores.latents, texts=stores.texts)
+    images = drawn_images(data, settings, stores, family)
     batches = run_plan.batches(run_plan.first_batch_of(steps_done))
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
     return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+
+def drawn_images(data: Data, settings: LoaderSettings, stores: Stores, family: ModelFamily) -> DrawnImages:
+    """Return the batches of a run by their draws; captions are tokenized where there are encoders to read them."""
+    is_read = stores.texts is None or not family.caches_all_text
+    tokenize = family.tokenize if is_read else None
+    return DrawnImages(data.all_samples, settings, tokenize=tokenize, store=stores.latents, texts=stores.texts)
 
 
 def load_validation(
@@ -207,6 +214,6 @@ def load_validation(
 ) -> BatchLoader:
     """Return the batches given, of images that are held back; each pass over them gives the same."""
     settings = LoaderSettings(seed, max_train_steps)
-    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=stores.latents, texts=stores.texts)
+    images = drawn_images(data, settings, stores, family)
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1, len(batches))
     return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
