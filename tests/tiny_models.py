@@ -67,3 +67,9 @@ def tiny_sd3(kind: str) -> Path:
 def tiny_sd3_apart(kind: str) -> Path:
     """Return a folder with model, clip_l, clip_g, t5xxl and vae .safetensors of `tiny_sd3`. Do not change the files."""
     return sd3.write_apart(Path(_folder().name) / f"sd3{kind}", precision="float", size=SD3[kind])
+
+
+@functools.cache
+def tiny_sd3_folder(kind: str) -> Path:
+    """Return the diffusers folder of the same model as `tiny_sd3`. Do not change the files."""
+    return sd3.write_diffusers(Path(_folder().name) / f"sd3{kind}diffusers", precision="float", size=SD3[kind])

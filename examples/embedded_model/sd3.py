@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +14,15 @@ from torch import Tensor
 if __package__ in (None, ""):  # started as a file: the project's folder is two levels up
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.embedded_model.make import PRECISIONS
+from examples.embedded_model.make import PRECISIONS, write_tokenizer
 from examples.embedded_model.starting_weights import CARRYING_WIDTH, shape_vae
+from library.models import sd3_text
 from library.models.checkpoint import write_safetensors
 from library.models.clip_tokens import BOS, EOS
 from library.models.family import Parts
-from library.models.layout.mmdit import MmditShape
+from library.models.layout.mmdit import DiffusersNames, MmditShape
 from library.models.mmdit import Mmdit
+from library.models.mmdit import original_tensors as original_mmdit_tensors
 from library.models.mmdit_positions import scaled_axis
 from library.models.sd3 import CHANNELS, SCALE, SHIFT, original_tensors
 from library.models.sd3_text import ENCODERS
@@ -139,3 +143,87 @@ def write_apart(folder: Path, seed: int = 0, precision: str = "fp16", size: Sd3S
     rest = {key: value for key, value in everything.items() if not key.startswith(tuple(prefixes.values()))}
     write_safetensors(folder / "model.safetensors", rest, {"format": "pt"})
     return folder
+
+
+def write_diffusers(folder: Path, seed: int = 0, precision: str = "fp16", size: Sd3Size | None = None) -> Path:
+    """Write the same model as a diffusers folder, readable by transformers 4 and 5 alike, and return the folder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    size = size or Sd3Size()
+    parts = build(seed, size)
+    dtype = PRECISIONS[precision]
+    assert isinstance(parts.denoiser, Mmdit)
+    transformer = SD3Transformer2DModel(
+        sample_size=size.position_side,
+        num_layers=size.depth,
+        num_attention_heads=size.mmdit.heads,
+        joint_attention_dim=size.mmdit.context_width,
+        caption_projection_dim=size.width,
+        pooled_projection_dim=size.mmdit.pooled_width,
+        pos_embed_max_size=size.position_side,
+        qk_norm="rms_norm" if size.mmdit.has_qk_norm else None,
+        dual_attention_layers=tuple(range(size.mmdit.num_dual)),
+    )
+    transformer.load_state_dict(diffusers_tensors(parts.denoiser))
+    modules = {"transformer": transformer, "vae": parts.vae}
+    modules |= dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), parts.text_encoders, strict=True))
+    for part, module in modules.items():
+        assert module is not None
+        torch.nn.Module.to(module, dtype).save_pretrained(folder / part)  # diffusers' own .to warns about dtypes
+    for slot, part in enumerate(("text_encoder", "text_encoder_2", "text_encoder_3")):
+        tensors_of_part = sd3_text.original_tensors(parts.text_encoders[slot], slot)
+        write_safetensors(folder / part / "model.safetensors", tensors_of_part, {"format": "pt"})
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    write_tokenizer(folder / "tokenizer", v2=False)
+    write_tokenizer(folder / "tokenizer_2", v2=True)
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": "0.36.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def diffusers_tensors(denoiser: Mmdit) -> dict[str, Tensor]:
+    """Return the MMDiT's weights under diffusers' names."""
+    names = DiffusersNames(denoiser.shape.depth)
+    written: dict[str, Tensor] = {}
+    for name, tensor in original_mmdit_tensors(denoiser, "").items():
+        stored = names.of(name)
+        if stored.is_swapped:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        written |= dict(zip(stored.names, tensor.chunk(len(stored.names)), strict=True))
+    return written
+
+
+def main() -> None:
+    """Write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, help="the checkpoint to write, ending in .safetensors")
+    parser.add_argument("--kind", choices=("medium", "5-medium", "5-large"), default="5-medium")
+    parser.add_argument("--seed", type=int, default=0, help="decides every weight (default 0)")
+    parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp16")
+    parser.add_argument("--apart", type=Path, metavar="DIR", help="also write the parts as files of their own")
+    parser.add_argument("--diffusers", type=Path, metavar="DIR", help="also write the model as a diffusers folder")
+    arguments = parser.parse_args()
+    size = Sd3Size(arguments.kind)
+    write(arguments.output, arguments.seed, arguments.precision, size)
+    print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB")
+    if arguments.apart:
+        print(write_apart(arguments.apart, arguments.seed, arguments.precision, size))
+    if arguments.diffusers:
+        print(write_diffusers(arguments.diffusers, arguments.seed, arguments.precision, size))
+
+
+if __name__ == "__main__":
+    main()

@@ -55,8 +55,10 @@ class LoraTarget:
     name: str  # "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     module: nn.Module  # Linear or Conv2d
     group: str  # "unet" or "text_encoder": which learning rate applies
-    kind: str  # "attention" (inside transformer blocks or CLIP layers) or "resnet" (needs conv_dim)
-    block: int | None  # position in block_dims / block lr weights; None for text encoders
+    # "attention" (inside transformer blocks or CLIP layers), "resnet" (needs conv_dim), or what is adapted only when
+    # asked for by name: "embedding" (outside the blocks) and "t5"
+    kind: str
+    block: int | None  # position in block_dims / block lr weights, or the joint block; None for text encoders
     encoder: int = 0  # which of several text encoders it belongs to, for their learning rates
     alias: str | None = None  # another name that files may have it under
 
@@ -174,8 +176,12 @@ class ModelFamily(Protocol):
 class Plain:
     """The answers of a family to which nothing of this applies."""
 
-    caches_all_text = True
     saved_texts: tuple[str, ...] = ()
+
+    @property
+    def caches_all_text(self) -> bool:
+        """Say that nothing but the cache is needed."""
+        return True
 
     def text_tensors(self, text_encoders: tuple[nn.Module, ...]) -> dict[str, dict[str, Tensor]]:
         """Return no tensors: no text encoder is saved."""

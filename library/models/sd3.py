@@ -269,6 +269,7 @@ class Sd3(Plain):
 def original_tensors(parts: Parts) -> dict[str, Tensor]:
     """Return all weights under their names in a single file with everything in it, as other tools expect them."""
     assert parts.vae is not None, "only whole models are written"
+    assert isinstance(parts.denoiser, Mmdit)
     tensors = mmdit.original_tensors(parts.denoiser) | vae.original_tensors(parts.vae)
     for slot, text_encoder in enumerate(parts.text_encoders):
         prefix = sd3_files.EMBEDDED[sd3_text.ENCODERS[slot]]

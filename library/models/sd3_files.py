@@ -126,8 +126,10 @@ def load_text_encoders(
     made: list[nn.Module] = []
     for slot, (name, source) in enumerate(sources.items()):
         own_dtype = t5_dtype if name == "t5xxl" and t5_dtype is not None else dtype
-        is_wanted = source is not None and name in which
-        made.append(sd3_text.build(source, slot, own_dtype) if is_wanted else Absent())
+        if source is None or name not in which:
+            made.append(Absent())
+        else:
+            made.append(sd3_text.build(source, slot, own_dtype))
     return tuple(made)
 
 

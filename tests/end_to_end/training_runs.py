@@ -1,5 +1,6 @@
 """Whole training runs for the tests: model families, pictures, dataset configs, and what a run leaves behind."""
 
+import functools
 import importlib
 import json
 import os
@@ -104,7 +105,31 @@ SDXL = Family(
     lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|_transformer_blocks_[2-9]_"
     r"|_(input_blocks_[45]|output_blocks_[345])_1_transformer_blocks_1_",
 )
-FAMILIES = (SD15, SDXL)  # every test of whole runs; test_sd2.py tells what differs in the others
+SD35M = Family(
+    script="sd3_train_network",
+    place="library.models.sd3:Sd3",
+    checkpoint=functools.partial(tiny_models.tiny_sd3, "5-medium"),
+    folder=functools.partial(tiny_models.tiny_sd3_folder, "5-medium"),
+    base_model_version="5-medium",
+    architecture="stable-diffusion-3-5-medium/lora",
+    keys="lora_keys_sd35m.json.gz",
+    pipeline="StableDiffusion3Pipeline",
+    last_layers=("lora_te1_text_model_encoder_layers_2_", "lora_te1_text_model_encoder_layers_1_"),
+    text_groups=("te1", "te2"),
+    text_prefix="text_encoders.clip_l",
+    idle=("--clip_skip",),
+    right=("checkpoint of SDXL", "network of SDXL", "layers that are not there"),
+    lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|joint_blocks_([4-9]|\d\d)_",
+)
+SD3M = replace(
+    SD35M,
+    checkpoint=functools.partial(tiny_models.tiny_sd3, "medium"),
+    folder=functools.partial(tiny_models.tiny_sd3_folder, "medium"),
+    base_model_version="medium",
+    architecture="stable-diffusion-3-medium/lora",
+    keys="lora_keys_sd3m.json.gz",
+)
+FAMILIES = (SD15, SDXL, SD35M)  # every test of whole runs; test_sd2.py tells what differs in the others
 
 
 @dataclass(frozen=True)
