@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library.errors import OptionError, did_you_mean
 from library.models import checkpoint
 from library.models.checkpoint import TensorSource, build_on_meta, load_onto, require
+from library.models.padding import attention_mask
 from library.models.t5_tokens import EOS, PAD
 
 PART = "T5 text encoder"
@@ -138,7 +139,7 @@ def encode(text_encoder: nn.Module, tokens: Tensor, mask: Tensor | None = None) 
     Args:
         text_encoder: from `build`.
         tokens: int64, on its device.
-        mask: (B, N) bool, False where no token looks; None: all look at all.
+        mask: (B, N) bool, False for padding, at which no token looks; None: all look at all.
     """
     model: Any = text_encoder
     dtype, device = model.shared.weight.dtype, tokens.device.type
@@ -147,6 +148,8 @@ def encode(text_encoder: nn.Module, tokens: Tensor, mask: Tensor | None = None) 
         and torch.is_autocast_enabled(device)
         and (dtype == torch.float16 or torch.get_autocast_dtype(device) != dtype)
     )
+    if mask is not None:
+        mask = attention_mask(mask, dtype, looks_back=False)
     with torch.autocast(device, enabled=False) if is_disturbed else nullcontext():
         states: Tensor = model(input_ids=tokens, attention_mask=mask).last_hidden_state
     return states

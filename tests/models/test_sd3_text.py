@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.cache import text as text_cache
 from library.errors import CheckpointError
@@ -245,6 +246,67 @@ def test_t5_can_be_on_a_device_of_its_own(t5_device, paths, tokens, text):
     for name, tensor in outputs_of(found).items():
         assert tensor.is_cuda, name
         torch.testing.assert_close(tensor.cpu(), getattr(text, name), atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_masks_work_in_half_precision_with_and_without_autocast(is_autocast, dtype, paths, encoders, tokens):
+    expected = outputs_of(encode(encoders, tokens, masks_clip=True, masks_t5=True))
+    models = build(paths, dtype)
+    with torch.autocast("cpu", dtype, enabled=is_autocast):
+        found = outputs_of(encode(models, tokens, masks_clip=True, masks_t5=True))
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.float(), expected[name], atol=0.1, rtol=0.05, msg=name)
+
+
+@torch.no_grad()
+def test_masks_reach_encoders_that_compute_in_autocasts_format(encoders, tokens):
+    """Weights in float32 that learn, arithmetic in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encode(encoders, tokens, masks_clip=True, masks_t5=True, which=("clip_l", "clip_g"))
+    expected = encode(encoders, tokens, masks_clip=True, masks_t5=True, which=("clip_l", "clip_g"))
+    torch.testing.assert_close(found.clip_g.float(), expected.clip_g, atol=0.1, rtol=0.05)
+
+
+class Readings(TorchDispatchMode):
+    """Counts what a GPU would be waited for: values that Python, or the size of a result, depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_no_value_is_read_back_from_the_device(encoders, tokens):
+    dropped = torch.eye(3, dtype=torch.bool)
+    with Readings() as readings:
+        context(encode(encoders, tokens, masks_clip=True, masks_t5=True), dropped)
+    assert readings.seen == []
+    with readings:
+        assert tokens.all().item() is False
+    assert len(readings.seen) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_encoding_on_a_gpu_waits_for_nothing(paths, tokens):
+    models, rows = [model.cuda() for model in build(paths, torch.bfloat16)], tokens.cuda()
+    dropped = torch.eye(3, dtype=torch.bool, device="cuda")
+    encode(models, rows, masks_clip=True, masks_t5=True)  # the first call picks kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, pooled = context(encode(models, rows, masks_clip=True, masks_t5=True), dropped)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.isfinite().all()
+    assert pooled.isfinite().all()
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
