@@ -95,9 +95,7 @@ def _maker(file: TensorSource) -> Callable[[], Any]:
     require(file, (embedding, query, BIAS, f"{inner}.wi_0.weight", f"{inner}.wo.weight"), PART)
     vocabulary, width = file.shapes[embedding]
     buckets, heads = file.shapes[BIAS]
-    layers = 0
-    while f"encoder.block.{layers}.layer.0.SelfAttention.q.weight" in file.shapes:
-        layers += 1
+    layers = 1 + max(int(name.split(".")[2]) for name in file.shapes if name.startswith("encoder.block."))
 
     def make() -> Any:
         from transformers import T5Config, T5EncoderModel
@@ -118,9 +116,8 @@ def _maker(file: TensorSource) -> Callable[[], Any]:
             eos_token_id=EOS,
         )
         model = T5EncoderModel(config)
-        model.set_input_embeddings(
-            model.shared
-        )  # one module: transformers 5 only ties two, which would be loaded apart
+        # one module for both names: transformers 5 has two, whose weights would be loaded twice
+        model.set_input_embeddings(model.shared)
         blocks: Any = model.encoder.block
         for block in blocks:
             dense = block.layer[-1].DenseReluDense

@@ -181,7 +181,13 @@ def test_either_name_of_the_embedding_is_enough(absent, build, path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "absent", ["encoder.block.1.layer.1.DenseReluDense.wo.weight", "encoder.final_layer_norm.weight", t5.BIAS]
+    "absent",
+    [
+        "encoder.block.1.layer.0.SelfAttention.q.weight",
+        "encoder.block.1.layer.1.DenseReluDense.wo.weight",
+        "encoder.final_layer_norm.weight",
+        t5.BIAS,
+    ],
 )
 def test_a_missing_tensor_is_named(absent, path, tmp_path):
     tensors = load_file(path)
