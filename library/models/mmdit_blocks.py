@@ -158,7 +158,8 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, noisy: Tensor) -> Tensor:
         """Return tokens (B, N, D), row by row, of a latent (B, C, h, w)."""
-        return self.proj(noisy).flatten(2).transpose(1, 2)
+        channels_last = noisy.contiguous(memory_format=torch.channels_last)  # the tokens then lie as they are wanted
+        return self.proj(channels_last).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 class VectorEmbedder(nn.Module):
