@@ -108,7 +108,7 @@ def test_what_is_left_is_the_references_second_attention_with_heads_as_wide_as_t
 
     def with_its_heads(*parts):
         calls.append(parts)
-        if len(calls) == 2:  # the first is the joint attention
+        if len(calls) == 1:  # the others are the joint attentions
             return attend(*(part.flatten(2).unflatten(-1, (-1, denoiser.shape.heads)) for part in parts))
         return attend(*parts)
 

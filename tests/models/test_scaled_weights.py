@@ -24,7 +24,7 @@ def test_a_weight_is_multiplied_by_its_factor(tmp_path, name, shape):
 
 
 def test_what_has_no_factor_is_as_it_is_in_the_file(tmp_path):
-    file = unscaled(tmp_path, **{"layer.scale_weight": torch.tensor(0.25), "other.weight": WEIGHT})
+    file = unscaled(tmp_path, **{"layer.scale_weight": torch.tensor(0.25), "other.weight": WEIGHT.clone()})
     for name, wanted in (("layer.bias", BIAS), ("other.weight", WEIGHT)):
         assert file.read(name).dtype == wanted.dtype
         assert torch.equal(file.read(name).float(), wanted.float())
