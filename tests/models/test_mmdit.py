@@ -344,3 +344,37 @@ def test_weights_stored_in_float8_give_what_their_rounded_values_give(is_autocas
     float8.store(denoiser)
     with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
         torch.testing.assert_close(denoiser(*inputs()), plain(*inputs()))
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------------------------
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+@on_gpu
+@pytest.mark.parametrize("how", [{}, {"crop_offset": (0.1, 0.9)}, {"kept_tokens": KEPT}], ids=["all", "window", "some"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.no_grad()
+def test_a_gpu_computes_the_same(name, how):
+    wanted = rounded(narrow(name))(*inputs(), **how)
+    denoiser = narrow(name).bfloat16().cuda()
+    there = {each: value.cuda() if isinstance(value, torch.Tensor) else value for each, value in how.items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        output = denoiser(*(each.cuda() for each in inputs()), **there)
+    assert denoiser.positions.table.device.type == "cpu"
+    assert (output.cpu() - wanted).square().mean().sqrt() < 0.03 * wanted.std()
+
+
+@on_gpu
+@pytest.mark.parametrize("is_scaled", [False, True])
+@torch.no_grad()
+def test_a_step_on_a_gpu_waits_for_nothing(is_scaled):
+    denoiser, taken, kept = narrow().bfloat16().cuda(), [each.cuda() for each in inputs()], KEPT.cuda()
+    if is_scaled:
+        denoiser.scale_positions([(128, 128)])
+    denoiser(*taken, crop_offset=(0.5, 0.5))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        denoiser(*taken, crop_offset=(0.1, 0.9), kept_tokens=kept)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
