@@ -48,9 +48,7 @@ def elementwise(prediction: Tensor, target: Tensor, loss_type: str, huber_c: Ten
     return 2 * c * excess if loss_type == "huber" else 2 * excess
 
 
-def huber_c(
-    schedule: str, huber_c: float, huber_scale: float, timesteps: Tensor, alphas_cumprod: Tensor | None
-) -> Tensor:
+def huber_c(schedule: str, huber_c: float, huber_scale: float, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """Return each image's Huber threshold c.
 
     constant: huber_c; exponential: huber_c^(t/1000), falling from 1 to huber_c; snr: (1-huber_c)/(1+σ)² + huber_c with
@@ -61,9 +59,9 @@ def huber_c(
         huber_c: above 0.
         huber_scale: above 0; 1 is neutral.
         timesteps: (B,) int64 in [0, T).
-        alphas_cumprod: (T,) in [0, 1), on the device of timesteps; None for a flow, which has no such table.
+        alphas_cumprod: (T,) in [0, 1], on the device of timesteps.
     Returns: (B,) float32 on the device of timesteps.
-    Raises: OptionError for an unknown schedule, and for snr without a table.
+    Raises: OptionError for an unknown schedule.
     Source: arXiv:2403.16728.
     """
     if schedule == "constant":
@@ -72,10 +70,6 @@ def huber_c(
         return torch.pow(huber_c, timesteps.float() / NUM_TIMESTEPS) * huber_scale
     if schedule != "snr":
         raise OptionError(f"--huber_schedule {schedule} is unknown; choose {choices(HUBER_SCHEDULES, schedule)}")
-    if alphas_cumprod is None:
-        raise OptionError(
-            "--huber_schedule snr needs a noise schedule, which this model has not; choose constant or exponential."
-        )
     kept = alphas_cumprod[timesteps]
     sigma = torch.sqrt((1 - kept) / kept)  # infinite at SNR 0, where c is huber_c
     return ((1 - huber_c) / (1 + sigma) ** 2 + huber_c) * huber_scale

@@ -87,6 +87,16 @@ FROM_OPTIONS_WITHOUT_CONFIG: Mapping[str, str] = {
     "ss_bucket_no_upscale": "dataset.bucket_no_upscale",
     "ss_keep_tokens": "captions.keep_tokens",
 }
+# only in files of a model that is trained on a flow; sd-scripts forgets the shift
+FROM_OPTIONS_OF_FLOW: Mapping[str, str] = {
+    "ss_apply_lg_attn_mask": "sd3.apply_lg_attn_mask",
+    "ss_apply_t5_attn_mask": "sd3.apply_t5_attn_mask",
+    "ss_weighting_scheme": "flow.weighting_scheme",
+    "ss_logit_mean": "flow.logit_mean",
+    "ss_logit_std": "flow.logit_std",
+    "ss_mode_scale": "flow.mode_scale",
+    "ss_training_shift": "flow.training_shift",
+}
 KEPT_WITH_NO_METADATA = (
     "ss_v2",
     "ss_base_model_version",
@@ -101,8 +111,12 @@ ARCHITECTURES: Mapping[str, str] = {  # ss_base_model_version -> modelspec.archi
     "sd_v2": "stable-diffusion-v2-512",
     "sd_v2_v": "stable-diffusion-v2-768-v",
     "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
+    "medium": "stable-diffusion-3-medium",
+    "5-medium": "stable-diffusion-3-5-medium",
+    "5-large": "stable-diffusion-3-5-large",
 }
-DEFAULT_SIDES: Mapping[str, int] = {"sd_v2_v": 768, "sdxl_base_v1-0": 1024}  # others: 512
+LARGE = ("sdxl_base_v1-0", "medium", "5-medium", "5-large")
+DEFAULT_SIDES: Mapping[str, int] = {"sd_v2_v": 768, **dict.fromkeys(LARGE, 1024)}  # others: 512
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,7 @@ class RunFacts:
     network_args: Mapping[str, Any] | None = None  # as given by --network_args
     model_name: str = ""  # --pretrained_model_name_or_path
     vae_name: str | None = None  # --vae
-    extra: Mapping[str, Any] = field(default_factory=dict)  # further ss_ keys of a family
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further ss_ keys, like those of `of_flow`
 
 
 def training_metadata(options: Any, dataset: DatasetFacts, run: RunFacts) -> dict[str, str]:
@@ -176,6 +190,11 @@ def training_metadata(options: Any, dataset: DatasetFacts, run: RunFacts) -> dic
     values |= _with_config(dataset) if dataset.is_from_config else _without_config(options, dataset)
     values |= run.extra
     return {key: str(value) for key, value in values.items()}
+
+
+def of_flow(options: Any) -> dict[str, Any]:
+    """Return the further ss_* keys of a model that is trained on a flow."""
+    return {key: attrgetter(place)(options) for key, place in FROM_OPTIONS_OF_FLOW.items()}
 
 
 def _with_config(facts: DatasetFacts) -> dict[str, Any]:
@@ -255,7 +274,7 @@ def modelspec(
         base_model_version: a key of ARCHITECTURES.
         output_name: the title, where --metadata_title is not given.
         resolution: width, height; None: what the base model was made for.
-        prediction_type: "epsilon" or "v_prediction".
+        prediction_type: "epsilon", "v_prediction" or "flow", which the standard does not know: epsilon, as sd-scripts.
         clip_skip: which layer of the text encoder is read, from the end.
         timestep_range: --min_timestep, --max_timestep where given.
         is_lora: a LoRA, or a whole checkpoint.

@@ -7,6 +7,10 @@ The order of draws for one batch; a step whose option is off draws nothing:
     4. timesteps: uniform integers (B,), unless they are given
     5. input perturbation: its strength, uniform (ip_noise_gamma_random_strength); then normal, like the latents
 
+For a flow:
+    1. noise: normal, like the latents
+    2. timesteps: one number an image (B,), normal with the scheme logit_normal, else uniform, unless they are given
+
 Numbers that steer (strengths, ratios, timesteps) are drawn on the CPU, where reading them waits for nothing; tensors
 are drawn on the device of the latents. A CPU generator that is given for latents elsewhere first draws one integer,
 which seeds a generator of that device; so its state alone decides the whole batch. Without a generator, torch's own
@@ -15,6 +19,7 @@ generators of CPU and device are used.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +32,7 @@ from library.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from library.options.flow import FlowOptions
     from library.options.noise import NoiseOptions
 
 Generator = torch.Generator | None
@@ -74,6 +80,58 @@ def draw(
         strength = options.ip_noise_gamma * uniform(generator, enabled=options.ip_noise_gamma_random_strength)
         input_noise = noise + strength * normal(latents, latents.shape, on_device)
     return Drawn(noise, input_noise, moved(timesteps, latents.device))
+
+
+def draw_flow(
+    latents: Tensor,
+    options: FlowOptions,
+    bounds: tuple[int, int],
+    generator: Generator = None,
+    timesteps: Tensor | None = None,
+) -> Drawn:
+    """Return noise and timesteps of a flow for latents, drawn in this module's order.
+
+    Args:
+        latents: (B, C, h, w) float32, as the denoiser expects them.
+        options: which timesteps are drawn more often than others.
+        bounds: (low, high) from `timestep_range`.
+        generator: on the CPU, for any device.
+        timesteps: (B,) int64 to use in place of drawn ones, as validation does.
+    """
+    noise = normal(latents, latents.shape, device_generator(latents.device, generator))
+    if timesteps is None:
+        draw_one = torch.randn if options.weighting_scheme == "logit_normal" else torch.rand
+        drawn = draw_one(latents.shape[:1], generator=generator)
+        timesteps = flow_timesteps(shifted(flow_density(drawn, options), options.training_shift), bounds)
+    return Drawn(noise, noise, moved(timesteps, latents.device))
+
+
+def flow_density(drawn: Tensor, options: FlowOptions) -> Tensor:
+    """Return drawn numbers spread over 0 … 1 as the scheme wants timesteps, 1 being noise.
+
+    logit_normal: logistic(mean + std·n); mode: 1 - u - scale·(cos²(pi·u/2) - 1 + u); others: u.
+
+    Args:
+        drawn: (B,) float32; n of N(0, 1) for logit_normal, else u of U(0, 1).
+        options: the scheme and its numbers.
+    Source: Esser et al. 2024, arXiv:2403.03206, section 3.1.
+    """
+    if options.weighting_scheme == "logit_normal":
+        return torch.sigmoid(options.logit_mean + options.logit_std * drawn)
+    if options.weighting_scheme == "mode":
+        return 1 - drawn - options.mode_scale * (torch.cos(math.pi * drawn / 2) ** 2 - 1 + drawn)
+    return drawn
+
+
+def shifted(places: Tensor, shift: float) -> Tensor:
+    """Return places (B,) in 0 … 1 moved towards noise: s·u / (1 + (s - 1)·u); ends stay where they are."""
+    return places * shift / (1 + (shift - 1) * places)
+
+
+def flow_timesteps(places: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """Return the timesteps (B,) int64 at places (B,) between low (0) and high (1), which itself is left out."""
+    low, high = bounds
+    return torch.floor(places * (high - low) + low).long().clamp(low, high - 1)
 
 
 def device_generator(device: torch.device, generator: Generator) -> Generator:

@@ -166,7 +166,7 @@ class AdapterNetwork(nn.Module, ABC):
         Raises:
             CheckpointError: a shape does not fit, or no name does.
         """
-        tensors = files.renamed(files.read(file), (layer.target for layer in self.layers))
+        tensors = self._to_load(files.renamed(files.read(file), (layer.target for layer in self.layers)), file)
         own = self.state_dict()
         known = {name: files.fitted(tensor, own[name].shape) for name, tensor in tensors.items() if name in own}
         if not known:
@@ -186,7 +186,10 @@ class AdapterNetwork(nn.Module, ABC):
         files.warn_of_names(
             file, "names missing, these stay as they are", [name for name in own if name not in tensors]
         )
-        self.load_state_dict({**own, **known})
+        try:
+            self.load_state_dict({**own, **known})
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from None
         return f"{file}: {len(known)} of {len(own)} tensors loaded"
 
     @torch.no_grad()
@@ -222,6 +225,10 @@ class AdapterNetwork(nn.Module, ABC):
                     f"the model's weight is {tuple(weight.shape)}. Is it for another model?"
                 ) from None
             weight.copy_(total if dtype is None else total.to(dtype))
+
+    def _to_load(self, tensors: Mapping[str, Tensor], origin: object) -> Mapping[str, Tensor]:
+        """Return a file's tensors, by the names known here, as they are to be loaded."""
+        return tensors
 
     @abstractmethod
     def _parameter_groups(

@@ -19,7 +19,7 @@ from library.errors import OptionError
 from library.models.family import LoraTarget
 from networks.face import LoraFace
 from networks.layers import Dropout, LayerMaker, LoraLayer
-from networks.settings import KEYS, Arguments, Settings, number
+from networks.settings import KEYS, OF_SD3, Arguments, Settings, number
 
 DEFAULT_UNIT = 1
 
@@ -107,7 +107,7 @@ FACE = LoraFace(
     Arguments(
         "networks.dylora",
         ("unit", *(key for key in KEYS if key != "rank_dropout")),
-        {"rank_dropout": "leaving out ranks is what it does in every step."},
+        {"rank_dropout": "leaving out ranks is what it does in every step.", **OF_SD3},
     ),
     sliced_layers,
 )

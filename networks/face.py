@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from networks import files, settings
 from networks.blocks import layout_of
 from networks.layers import LayerMaker, LoraLayer
 from networks.network import LoraNetwork
-from networks.settings import Arguments, Settings
+from networks.settings import Arguments, Settings, has_large_kernel
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,38 @@ def plain_layers(_arguments: Mapping[str, Any], _settings: Settings | None) -> L
     return LoraLayer
 
 
+class SettingsReader(Protocol):
+    """What makes settings of the options."""
+
+    def __call__(
+        self,
+        dim: int | None,
+        alpha: float | None,
+        neuron_dropout: float | None,
+        arguments: Mapping[str, Any],
+        targets: Sequence[LoraTarget] | None,
+        known: Arguments,
+        /,
+    ) -> Settings:
+        """Return the settings; targets None: before there is a model. Raises: OptionError."""
+        ...
+
+
+def settings_by_blocks(
+    dim: int | None,
+    alpha: float | None,
+    neuron_dropout: float | None,
+    arguments: Mapping[str, Any],
+    targets: Sequence[LoraTarget] | None,
+    known: Arguments,
+) -> Settings:
+    """Return the settings of a LoRA that may differ between the blocks of a U-Net; see `networks.settings`."""
+    if targets is None:
+        return settings.check(dim, alpha, neuron_dropout, arguments, known)
+    layout = layout_of(target.name for target in targets)
+    return settings.read(dim, alpha, neuron_dropout, arguments, layout, known)
+
+
 @dataclass(frozen=True)
 class LoraFace:
     """A kind of LoRA; its methods are what a network module must offer."""
@@ -33,6 +65,7 @@ class LoraFace:
     arguments: Arguments
     # From --network_args and the settings (None: sizes are a file's) to what makes a layer. Raises: OptionError.
     layers_for: Callable[[Mapping[str, Any], Settings | None], LayerMaker] = plain_layers
+    read_settings: SettingsReader = settings_by_blocks
 
     def create_network(
         self,
@@ -61,9 +94,13 @@ class LoraFace:
             kwargs: --network_args by key, see `networks.settings`.
         """
         chosen = targets_of(text_encoder, unet) if targets is None else targets
-        layout = layout_of(target.name for target in chosen)
-        wanted = settings.read(network_dim, network_alpha, neuron_dropout, kwargs, layout, self.arguments)
-        return LoraNetwork(chosen, wanted, multiplier, make_layer=self.layers_for(kwargs, wanted))
+        wanted = self.read_settings(network_dim, network_alpha, neuron_dropout, kwargs, chosen, self.arguments)
+        if wanted.conv_size is not None and not any(wanted.size_of(t)[0] for t in chosen if has_large_kernel(t)):
+            log.warning("--network_args: conv_dim has no effect: no convolution larger than 1x1 is adapted here")
+        network = LoraNetwork(chosen, wanted, multiplier, make_layer=self.layers_for(kwargs, wanted))
+        if wanted.is_listed:
+            list_layers(network)
+        return network
 
     def check_arguments(
         self,
@@ -73,7 +110,7 @@ class LoraFace:
         arguments: Mapping[str, Any],
     ) -> None:
         """Find mistakes in what `create_network` would get, before there is a model. Raises: OptionError."""
-        known = settings.check(network_dim, network_alpha, neuron_dropout, arguments, self.arguments)
+        known = self.read_settings(network_dim, network_alpha, neuron_dropout, arguments, None, self.arguments)
         self.layers_for(arguments, known)
 
     def create_network_from_weights(
@@ -112,14 +149,22 @@ class LoraFace:
         warn_of_surplus(stored, chosen, origin)
         wanted = self._settings_beside_file(kwargs, chosen)
         network = LoraNetwork(chosen, wanted, multiplier, stored, self.layers_for(kwargs, None))
+        if wanted.is_listed:
+            list_layers(network)
         return (network.eval().requires_grad_(False) if for_inference else network), tensors
 
     def _settings_beside_file(self, arguments: Mapping[str, Any], targets: Sequence[LoraTarget]) -> Settings:
-        ranks = [key for key in settings.RANK_KEYS if arguments.get(key) is not None]
+        ranks = [key for key in self.arguments.of_file if arguments.get(key) is not None]
         if ranks:
             log.warning("--network_args: %s not used, ranks and alphas are those of the file", ", ".join(ranks))
         others = {key: value for key, value in arguments.items() if key not in ranks}
-        return settings.read(None, None, None, others, layout_of(target.name for target in targets), self.arguments)
+        return self.read_settings(None, None, None, others, targets, self.arguments)
+
+
+def list_layers(network: LoraNetwork) -> None:
+    """Log every layer with its size."""
+    for layer in network.layers:
+        log.info("%s: rank %d, alpha %g", layer.target.name, layer.rank, float(layer.alpha))
 
 
 def tensors_of(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.models.family import LoraTarget
+from networks import merging
 from networks.adapter import Adapter
 
 
@@ -88,6 +89,10 @@ class LoraLayer(Adapter):
     def trained_parameters(self) -> tuple[nn.Parameter, ...]:
         """The weights that learn: both factors."""
         return tuple(self.parameters())
+
+    def delta_norm(self) -> Tensor:
+        """Return the Frobenius norm of the update without its scale, float32, on the weights' device."""
+        return merging.delta_norm(self.lora_down.weight, self.lora_up.weight)
 
     def shrink_(self, ratio: Tensor, root: Tensor) -> None:
         """Multiply the update by ratio (), in place; both factors shrink alike, by its square root."""

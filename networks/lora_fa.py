@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from library.models.family import LoraTarget
 from networks.face import LoraFace
 from networks.layers import Dropout, LayerMaker, LoraLayer
-from networks.settings import KEYS, LORA_PLUS_KEYS, Arguments, Settings
+from networks.settings import KEYS, LORA_PLUS_KEYS, OF_SD3, Arguments, Settings
 
 
 class LoraFaLayer(LoraLayer):
@@ -50,7 +50,7 @@ FACE = LoraFace(
     Arguments(
         "networks.lora_fa",
         tuple(key for key in KEYS if key not in LORA_PLUS_KEYS),
-        dict.fromkeys(LORA_PLUS_KEYS, REASON),
+        {**dict.fromkeys(LORA_PLUS_KEYS, REASON), **OF_SD3},
     ),
     frozen_down_layers,
 )

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from library.models.family import LoraTarget
-from networks import files, merging
+from library.models.layout.mmdit_lora import T5
+from networks import files
 from networks.adapter_network import AdapterNetwork
 from networks.files import StoredModule
 from networks.layers import LayerMaker, LoraLayer
 from networks.parameter_groups import ParameterGroup, parameter_groups
 from networks.settings import Settings
+from networks.split_qkv import with_trained_strength
 
 
 class LoraNetwork(AdapterNetwork):
@@ -51,6 +53,11 @@ class LoraNetwork(AdapterNetwork):
         """Every layer, in the order of the file."""
         return tuple(layer for layer in self.children() if isinstance(layer, LoraLayer))
 
+    @property
+    def train_t5xxl(self) -> bool:
+        """Whether SD3's third text encoder has layers; the name is sd-scripts'."""
+        return any(layer.target.kind == T5 for layer in self.layers)
+
     @torch.no_grad()
     def apply_max_norm_regularization(
         self, max_norm_value: float, device: torch.device | str | None = None
@@ -66,9 +73,7 @@ class LoraNetwork(AdapterNetwork):
         Returns: how many layers were shrunk, the mean norm and the largest norm, both after shrinking.
         """
         layers = self.layers
-        norms = torch.stack(
-            [merging.delta_norm(layer.lora_down.weight, layer.lora_up.weight) * abs(layer.scale) for layer in layers]
-        )
+        norms = torch.stack([layer.delta_norm() * abs(layer.scale) for layer in layers])
         # Only what is above the limit is touched, and a norm of 0 must not be divided by.
         ratios = (max_norm_value / norms.clamp(min=max_norm_value)).clamp(max=1)
         for layer, ratio, root in zip(layers, ratios.unbind(), ratios.sqrt().unbind(), strict=True):
@@ -80,6 +85,9 @@ class LoraNetwork(AdapterNetwork):
         self, text_encoder_lrs: Sequence[float | None], unet_lr: float | None
     ) -> list[ParameterGroup]:
         return parameter_groups(self.layers, self.settings, text_encoder_lrs, unet_lr)
+
+    def _to_load(self, tensors: Mapping[str, Tensor], origin: object) -> Mapping[str, Tensor]:
+        return with_trained_strength(tensors, self.layers, origin)
 
     def _stored_in(self, tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, StoredModule]:
         return files.modules_in(tensors, origin)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from library.errors import CheckpointError, OptionError
 from library.models.family import LoraTarget
+from library.models.layout import lora_names
 from networks.adapter_network import AdapterNetwork
 from networks.face import targets_of, tensors_of, warn_of_surplus
 from networks.parameter_groups import ParameterGroup
 from networks.rotation import RotationLayer, StoredRotation, rotations_in
-from networks.settings import Arguments, probability
+from networks.settings import OF_SD3, Arguments, probability
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ NO_DROPOUT = "there are no ranks or activations in between that it could drop. m
 KNOWN = Arguments(
     "networks.oft",
     ("enable_all_linear", "enable_conv", "module_dropout"),
-    {"dropout": NO_DROPOUT, "rank_dropout": NO_DROPOUT},
+    {"dropout": NO_DROPOUT, "rank_dropout": NO_DROPOUT, **OF_SD3},
 )
 SWITCHES: Mapping[str, bool] = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -93,7 +94,7 @@ def create_network(
     wanted = _settings(network_dim, network_alpha, neuron_dropout, kwargs)
     if wanted.alpha >= LARGE_ALPHA:
         log.warning("--network_alpha %g hardly limits a rotation; for networks.oft take about 0.001", wanted.alpha)
-    offered = _renamed(targets_of(text_encoder, unet) if targets is None else targets)
+    offered = _offered(text_encoder, unet, targets)
     layers = (
         RotationLayer(target, wanted.num_blocks, wanted.alpha, wanted.module_dropout, multiplier)
         for target in offered
@@ -139,7 +140,7 @@ def create_network_from_weights(
     """
     origin, tensors = tensors_of(file, weights_sd)
     stored = rotations_in(tensors, origin)
-    offered = _renamed(targets_of(text_encoder, unet) if targets is None else targets)
+    offered = _offered(text_encoder, unet, targets)
     warn_of_surplus(stored, offered, origin)
     unused = [key for key in KNOWN.keys[:2] if kwargs.get(key) is not None]
     if unused:
@@ -193,6 +194,16 @@ def _switch(given: Mapping[str, Any], key: str) -> bool:
     return SWITCHES[value]
 
 
+def _offered(text_encoder: Any, unet: Any, targets: Sequence[LoraTarget] | None) -> tuple[LoraTarget, ...]:
+    """Return the modules to choose from under their names in files. Raises: OptionError for SD3."""
+    return _renamed(targets_of(text_encoder, unet) if targets is None else targets)
+
+
 def _renamed(targets: Sequence[LoraTarget]) -> tuple[LoraTarget, ...]:
+    if lora_names.family_of(target.name for target in targets) == lora_names.SD3:
+        # Its query, key and value are the outputs of one layer, and would be turned into each other.
+        raise OptionError(
+            "--network_module networks.oft is for U-Nets, and the model is Stable Diffusion 3. Use networks.lora_sd3."
+        )
     unet = [target for target in targets if target.group == "unet"]
     return tuple(replace(target, name=PREFIX + target.name.removeprefix("lora_unet")) for target in unet)

@@ -55,14 +55,14 @@ def parameter_groups(
 def _of_text_encoders(
     layers: Sequence[LoraLayer], settings: Settings, rates: Sequence[float | None]
 ) -> list[ParameterGroup]:
-    """Return one group for all text encoders, or one each where their rates differ."""
+    """Return one group for all text encoders, or one each where their rates differ or the settings want it."""
     text = [layer for layer in layers if layer.target.group != "unet"]
     by_encoder: dict[int, list[LoraLayer]] = {}
     for layer in text:
         by_encoder.setdefault(layer.target.encoder, []).append(layer)
     rate_of = {encoder: rates[min(encoder, len(rates) - 1)] for encoder in by_encoder}
     ratio = settings.lora_plus.text_encoder
-    if len(set(rate_of.values())) <= 1:
+    if len(set(rate_of.values())) <= 1 and not settings.is_rate_by_encoder:
         return _split(text, "textencoder", next(iter(rate_of.values()), None), ratio)
     return [
         group

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from library.errors import OptionError, did_you_mean
 from library.models.family import LoraTarget
 
-KNOWN_MODULES = ("networks.lora", "networks.lora_fa", "networks.dylora", "networks.oft", "lycoris.kohya")
+KNOWN_MODULES = (
+    "networks.lora",
+    "networks.lora_fa",
+    "networks.dylora",
+    "networks.oft",
+    "networks.lora_sd3",
+    "lycoris.kohya",
+)
 REQUIRED_METHODS = ("apply_to", "load_weights", "save_weights", "prepare_grad_etc", "get_trainable_params")
 # Methods of networks that watch their norms, and what the logs call their means.
 NORM_METHODS: Mapping[str, str] = {

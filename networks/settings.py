@@ -26,6 +26,13 @@ BLOCK_KEYS = (*RANK_KEYS[2:], *LR_WEIGHT_KEYS, "block_lr_zero_threshold")  # lis
 KEYS = (*RANK_KEYS, *LR_WEIGHT_KEYS, "block_lr_zero_threshold", *DROPOUT_KEYS, *LORA_PLUS_KEYS)
 
 
+# Keys of networks.lora_sd3, which adapts more of SD3 than the others and sets ranks by kind of layer.
+TYPE_KEYS = tuple(f"{side}_{part}_dim" for side in ("context", "x") for part in ("attn", "mlp", "mod"))
+SD3_KEYS = (*TYPE_KEYS, "emb_dims", "train_block_indices", "split_qkv", "train_t5xxl", "verbose")
+OF_SD3: Mapping[str, str] = dict.fromkeys(SD3_KEYS, "it is of networks.lora_sd3.")
+ON_DEMAND = ("embedding", "t5")  # kinds of LoraTarget that get a LoRA only where a module's own argument asks for it
+
+
 @dataclass(frozen=True)
 class Arguments:
     """The --network_args that a network module takes."""
@@ -33,6 +40,7 @@ class Arguments:
     module: str  # "networks.lora"
     keys: tuple[str, ...]
     refused: Mapping[str, str] = field(default_factory=dict)  # keys of other modules, and why this one has them not
+    of_file: tuple[str, ...] = RANK_KEYS  # the keys that have no effect where a file tells what the network is like
 
     def given(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments that have a value; None counts as absent.
@@ -54,7 +62,7 @@ class Arguments:
         return given
 
 
-LORA = Arguments("networks.lora", KEYS)
+LORA = Arguments("networks.lora", KEYS, OF_SD3)
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,13 @@ class Settings:
     lr_weights: tuple[float, ...] | None = None  # one per block; None: the U-Net is one parameter group
     dropout: Dropout = field(default_factory=Dropout)
     lora_plus: LoraPlus = field(default_factory=LoraPlus)
+    is_rate_by_encoder: bool = False  # each text encoder is a parameter group even where their rates are the same
+    is_listed: bool = False  # every layer is to be named in the log
 
     def size_of(self, target: LoraTarget) -> tuple[int, float]:
         """Return rank and alpha for a target; rank 0: it gets no LoRA."""
+        if target.kind in ON_DEMAND:
+            return 0, 0.0
         size = self.conv_size if has_large_kernel(target) else self.size
         if size is None or (target.kind == "resnet" and self.conv_size is None) or self.lr_weight(target) == 0:
             return 0, 0.0

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from library.errors import CheckpointError
 from networks import files
 
-WHOLE_MODEL = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.", "conditioner.embedders.")
+WHOLE_MODEL = (
+    "model.diffusion_model.",
+    "cond_stage_model.",
+    "first_stage_model.",
+    "conditioner.embedders.",
+    "joint_blocks.",
+    "text_encoders.",
+)
 
 
 def check(file: str, option: str, other_networks: Sequence[tuple[str, str, str]]) -> None:

@@ -98,12 +98,7 @@ def test_an_unknown_loss_type_names_the_nearest():
 
 def test_an_unknown_huber_schedule_names_the_nearest():
     with pytest.raises(OptionError, match=r"--huber_schedule exponent .*Did you mean exponential\?"):
-        losses.huber_c("exponent", 0.1, 1.0, torch.tensor([0]), None)
-
-
-def test_the_snr_huber_schedule_needs_a_noise_schedule():
-    with pytest.raises(OptionError, match="constant or exponential"):
-        losses.huber_c("snr", 0.1, 1.0, torch.tensor([0]), None)
+        losses.huber_c("exponent", 0.1, 1.0, torch.tensor([0]), torch.ones(1))
 
 
 def test_the_signal_to_noise_ratio_is_that_of_sd_scripts(reference, ratios):

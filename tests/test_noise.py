@@ -1,4 +1,4 @@
-"""The draws of a batch: their order, formulas (tests/data/loss_weights.npz, from sd-scripts) and statistics."""
+"""The draws of a batch: their order, formulas (tests/data, from sd-scripts) and statistics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from library import noise
 from library.errors import OptionError
+from library.options.flow import FlowOptions
 from library.options.noise import NoiseOptions as Options
 
 DATA = Path(__file__).parent / "data" / "loss_weights.npz"
+FLOW_DATA = Path(__file__).parent / "data" / "sd3_flow.npz"
 SHAPE = (2, 4, 16, 12)
 
 
@@ -189,6 +191,88 @@ def test_drawn_timesteps_fill_their_range():
     options = Options(min_timestep=200, max_timestep=210)
     drawn = noise.draw(torch.zeros(500, 1, 1, 1), options, 1000, generator).timesteps
     assert set(drawn.tolist()) == set(range(200, 210))
+
+
+# ---- flow ----------------------------------------------------------------------------------------------------------
+DENSITIES = {
+    "logit_normal_m0_s1_mode1.29": FlowOptions(weighting_scheme="logit_normal"),
+    "logit_normal_m0.5_s0.7_mode1.29": FlowOptions(weighting_scheme="logit_normal", logit_mean=0.5, logit_std=0.7),
+    "logit_normal_m-0.5_s1.3_mode1.29": FlowOptions(weighting_scheme="logit_normal", logit_mean=-0.5, logit_std=1.3),
+    "mode_m0_s1_mode1.29": FlowOptions(weighting_scheme="mode"),
+    "mode_m0_s1_mode0.8": FlowOptions(weighting_scheme="mode", mode_scale=0.8),
+    **{
+        f"{scheme}_m0_s1_mode1.29": FlowOptions(weighting_scheme=scheme)
+        for scheme in ("sigma_sqrt", "cosmap", "none", "uniform")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def flow_reference() -> dict[str, Tensor]:
+    return {key: torch.from_numpy(value) for key, value in np.load(FLOW_DATA).items()}
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "mode", "logit_normal"])
+def test_a_flow_draws_noise_and_then_one_number_an_image(scheme):
+    options = FlowOptions(weighting_scheme=scheme, training_shift=3.0)
+    drawn = noise.draw_flow(latents(), options, (0, 1000), seeded())
+    same = seeded()
+    assert torch.equal(drawn.noise, torch.randn(SHAPE, generator=same))
+    number = torch.randn(2, generator=same) if scheme == "logit_normal" else torch.rand(2, generator=same)
+    place = noise.flow_density(number, options)
+    assert drawn.timesteps.tolist() == (1000 * 3 * place / (1 + 2 * place)).floor().long().tolist()
+    assert drawn.input_noise is drawn.noise
+
+
+def test_a_flow_with_given_timesteps_draws_none():
+    generator = seeded()
+    drawn = noise.draw_flow(latents(), FlowOptions(), (0, 1000), generator, torch.tensor([3, 999]))
+    same = seeded()
+    torch.randn(SHAPE, generator=same)
+    assert drawn.timesteps.tolist() == [3, 999]
+    assert torch.equal(generator.get_state(), same.get_state())
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_a_flow_spreads_its_numbers_as_sd_scripts_does(flow_reference, density):
+    raw = flow_reference[f"density/{density}/raw"]
+    options = DENSITIES[density]
+    if options.weighting_scheme == "logit_normal":  # there the generator's draw has mean and deviation already
+        raw = (raw - options.logit_mean) / options.logit_std
+    torch.testing.assert_close(noise.flow_density(raw, options), flow_reference[f"density/{density}/u"])
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_the_timesteps_of_a_flow_are_spread_as_those_of_sd_scripts(flow_reference, density):
+    drawn = noise.draw_flow(torch.zeros(50_000, 1, 1, 1), DENSITIES[density], (0, 1000), seeded()).timesteps
+    levels = flow_reference["quantile_levels"]
+    spread = torch.quantile(drawn.float(), levels) / 1000
+    torch.testing.assert_close(spread, flow_reference[f"density/{density}/quantiles"], atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("shift", ["1", "1.5", "3", "0.5"])
+@pytest.mark.parametrize("bounds", ["None-None", "200-800", "0-1000"])
+def test_shifted_timesteps_are_those_of_sd_scripts(flow_reference, shift, bounds):
+    low, high = (None, None) if bounds == "None-None" else map(int, bounds.split("-"))
+    place = f"noisy/shift{shift}_t{bounds}_fp32"
+    moved = noise.shifted(flow_reference[f"{place}/u"], float(shift))
+    timesteps = noise.flow_timesteps(moved, noise.timestep_range(low, high, 1000))
+    assert torch.equal(timesteps.float(), flow_reference[f"{place}/timesteps"])
+
+
+@pytest.mark.parametrize("mode_scale", [-1.0, 0.0, 1.29, 1.75])
+def test_mode_keeps_every_number_between_0_and_1(mode_scale):
+    options = FlowOptions(weighting_scheme="mode", mode_scale=mode_scale)
+    places = noise.flow_density(torch.linspace(0, 1, 1001), options)
+    assert places.min() >= -1e-6
+    assert places.max() <= 1 + 1e-6
+    assert places.diff().max() <= 1e-6  # and never turns back
+
+
+def test_a_place_at_the_very_end_has_the_last_timestep():
+    ends = torch.tensor([-1e-7, 0.0, 1.0, 1 + 1e-7])
+    assert noise.flow_timesteps(ends, (0, 1000)).tolist() == [0, 0, 999, 999]
+    assert noise.flow_timesteps(ends, (500, 501)).tolist() == [500] * 4
 
 
 @pytest.mark.gpu

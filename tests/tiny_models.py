@@ -4,12 +4,13 @@ import functools
 import tempfile
 from pathlib import Path
 
-from examples.embedded_model import sdxl
+from examples.embedded_model import sd3, sdxl
 from examples.embedded_model.make import Size, write, write_diffusers
 
 SD15 = Size(unet=(64, 32, 64, 64), vae=(32, 64, 32, 32), text=32)
 SD21 = Size(unet=(64, 32, 64, 64), vae=(32, 64, 32, 32), text=32, text_layers=23, v2=True)
 SDXL = sdxl.SdxlSize(unet=(32, 64, 64), vae=(32, 64, 32, 32), text=(32, 48))
+SD3 = {kind: sd3.Sd3Size(kind, vae=(32, 64, 32, 32)) for kind in ("medium", "5-medium", "5-large")}
 
 
 @functools.cache
@@ -51,3 +52,24 @@ def tiny_sdxl() -> Path:
 def tiny_sdxl_folder() -> Path:
     """Return the diffusers folder of the same model as `tiny_sdxl`. Do not change the files."""
     return sdxl.write_diffusers(Path(_folder().name) / "sdxl", precision="float", size=SDXL)
+
+
+@functools.cache
+def tiny_sd3(kind: str) -> Path:
+    """Return a tiny SD3 ("medium") or SD3.5 ("5-medium", "5-large") with everything in one file, float32.
+
+    Do not change the file.
+    """
+    return sd3.write(Path(_folder().name) / f"sd3{kind}.safetensors", precision="float", size=SD3[kind])
+
+
+@functools.cache
+def tiny_sd3_apart(kind: str) -> Path:
+    """Return a folder with model, clip_l, clip_g, t5xxl and vae .safetensors of `tiny_sd3`. Do not change the files."""
+    return sd3.write_apart(Path(_folder().name) / f"sd3{kind}", precision="float", size=SD3[kind])
+
+
+@functools.cache
+def tiny_sd3_folder(kind: str) -> Path:
+    """Return the diffusers folder of the same model as `tiny_sd3`. Do not change the files."""
+    return sd3.write_diffusers(Path(_folder().name) / f"sd3{kind}diffusers", precision="float", size=SD3[kind])

@@ -80,12 +80,12 @@ class DrawnImages(DrawsDataset):
             samples: a draw's index is among them.
             settings: what all batches have in common.
             tokenize: gives Batch.tokens; None leaves them out.
-            texts: gives Batch.text instead, of every caption that can be drawn.
+            texts: gives Batch.text, of every caption that can be drawn; None leaves it out.
             store: where latents and masks come from; None: images are decoded at each draw.
         """
         self._samples = samples
         self._settings = settings
-        self._tokenize = tokenize if texts is None else None
+        self._tokenize = tokenize
         self._texts = texts
         self.store = store
 

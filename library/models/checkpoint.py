@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -236,7 +236,13 @@ def build_on_meta(make: Callable[[], Any]) -> nn.Module:
 
 
 def load_onto(
-    module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, source: str, part: str
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    source: str,
+    part: str,
+    *,
+    in_float32: Container[str] = (),
 ) -> None:
     """Give a module built on the meta device its tensors, frozen and in eval mode.
 
@@ -247,6 +253,7 @@ def load_onto(
         dtype: of every floating tensor afterwards.
         source: the file or folder, for messages.
         part: "U-Net" and so on, for messages.
+        in_float32: names in the module of tensors that are float32 instead.
 
     Raises:
         CheckpointError: a tensor's shape does not fit.
@@ -262,7 +269,8 @@ def load_onto(
                     "The file mixes different models or is damaged."
                 )
             tensor = tensor.reshape(shape)
-        fitted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        kept_in = torch.float32 if name in in_float32 else dtype
+        fitted[name] = tensor.to(kept_in) if tensor.is_floating_point() else tensor
     assert fitted.keys() == wanted.keys(), sorted(wanted.keys() - fitted.keys())[:SHOWN_KEYS]
     module.load_state_dict(fitted, strict=True, assign=True)
     _fill_buffers(module)

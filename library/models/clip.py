@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,10 +17,19 @@ from library.models.layout import clip as layout
 
 TOKEN_EMBEDDING, POSITION_EMBEDDING = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
 OPENCLIP_LAYERS = 24  # OpenCLIP ViT-H as SD 2.x carries it whole; trainers write 23
+PART = "text encoder"  # in messages
 HEAD_WIDTH = 64  # of every CLIP text encoder that SD uses
 
 
-def build(file: TensorSource, dtype: torch.dtype, config: Any = None, *, has_projection: bool = False) -> nn.Module:
+def build(
+    file: TensorSource,
+    dtype: torch.dtype,
+    config: Any = None,
+    *,
+    has_projection: bool = False,
+    activation: str = "quick_gelu",
+    pools_unprojected: bool = False,
+) -> nn.Module:
     """Return a text encoder with the weights of a file in transformers' layout.
 
     Args:
@@ -27,19 +37,25 @@ def build(file: TensorSource, dtype: torch.dtype, config: Any = None, *, has_pro
         dtype: of the weights in memory.
         config: transformers' CLIPTextConfig; None: CLIP-L's, with the size read from the tensors' shapes.
         has_projection: whether it also makes a pooled text.
+        activation: in its MLPs, where there is no config: "quick_gelu" for CLIP-L, "gelu" for OpenCLIP's.
+        pools_unprojected: whether a file may lack the projection of the pooled text, which is the identity then.
 
     Raises:
         CheckpointError: tensors are missing or of a wrong shape.
     """
     nested = layout.NESTED if f"{layout.NESTED}{TOKEN_EMBEDDING}" in file.shapes else ""
-    module = _empty(config or _config_of(file, nested), has_projection)
+    module = _empty(config or _config_of(file, nested, activation), has_projection)
     names = {
         name: name if name == layout.PROJECTION else nested + name.removeprefix(layout.NESTED)
         for name in module.state_dict()
     }
-    require(file, names.values(), "text encoder")
+    given: list[tuple[str, Tensor]] = []
+    if has_projection and pools_unprojected and layout.PROJECTION not in file.shapes:
+        del names[layout.PROJECTION]
+        given.append((layout.PROJECTION, torch.eye(module.state_dict()[layout.PROJECTION].shape[0])))
+    require(file, names.values(), PART)
     tensors = ((name, file.read(stored)) for name, stored in names.items())
-    load_onto(module, tensors, dtype, str(file.path), "text encoder")
+    load_onto(module, chain(tensors, given), dtype, str(file.path), PART)
     return module
 
 
@@ -58,7 +74,7 @@ def build_openclip(file: TensorSource, dtype: torch.dtype, *, has_projection: bo
     layers = stored_layers - 1 if stored_layers == OPENCLIP_LAYERS and not has_projection else stored_layers
     first = "transformer.resblocks.0.mlp.c_fc.weight"
     projection = (layout.OPENCLIP_PROJECTION,) if has_projection else ()
-    require(file, ("token_embedding.weight", "positional_embedding", first, *projection), "text encoder")
+    require(file, ("token_embedding.weight", "positional_embedding", first, *projection), PART)
     config = _config(
         vocabulary=file.shapes["token_embedding.weight"][0],
         positions=file.shapes["positional_embedding"][0],
@@ -72,7 +88,7 @@ def build_openclip(file: TensorSource, dtype: torch.dtype, *, has_projection: bo
     names = {name: name.removeprefix(layout.NESTED) for name in module.state_dict() if name != layout.PROJECTION}
     sources = {name: layout.fused_source(canonical) for name, canonical in names.items()}
     stored = {name: source[0] if source else table.to_original(names[name]) for name, source in sources.items()}
-    require(file, (key for key in stored.values() if key), "text encoder")
+    require(file, (key for key in stored.values() if key), PART)
 
     def read() -> Iterator[tuple[str, Tensor]]:
         for name, source in sources.items():
@@ -86,7 +102,7 @@ def build_openclip(file: TensorSource, dtype: torch.dtype, *, has_projection: bo
         if has_projection:
             yield layout.PROJECTION, file.read(layout.OPENCLIP_PROJECTION).T.contiguous()
 
-    load_onto(module, read(), dtype, str(file.path), "text encoder")
+    load_onto(module, read(), dtype, str(file.path), PART)
     return module
 
 
@@ -100,7 +116,7 @@ def fingerprint(file: TensorSource) -> str:
     """
     names = {name.removeprefix(layout.NESTED): name for name in file.shapes if "position_ids" not in name}
     if not any("token_embedding" in name for name in names):
-        require(file, (TOKEN_EMBEDDING,), "text encoder")
+        require(file, (TOKEN_EMBEDDING,), PART)
     return checkpoint.fingerprint(file, names)
 
 
@@ -112,17 +128,18 @@ def _count_layers(file: TensorSource, pattern: str) -> int:
     return layers
 
 
-def _config_of(file: TensorSource, nested: str) -> Any:
-    """Return the configuration of SD 1.x's text encoder that fits the file's tensors."""
+def _config_of(file: TensorSource, nested: str, activation: str) -> Any:
+    """Return the configuration of a text encoder that fits the file's tensors, which are in transformers' layout."""
     tokens, positions = f"{nested}{TOKEN_EMBEDDING}", f"{nested}{POSITION_EMBEDDING}"
     pattern = f"{nested}encoder.layers.{{}}.mlp.fc1.weight"
-    require(file, (tokens, positions, pattern.format(0)), "text encoder")
+    require(file, (tokens, positions, pattern.format(0)), PART)
     return _config(
         vocabulary=file.shapes[tokens][0],
         positions=file.shapes[positions][0],
         fc1=file.shapes[pattern.format(0)],
         layers=_count_layers(file, pattern),
-        activation="quick_gelu",
+        activation=activation,
+        projected=file.shapes.get(layout.PROJECTION, (None,))[0],
     )
 
 
@@ -170,8 +187,7 @@ def original_tensors(text_encoder: nn.Module, openclip: bool, prefix: str | None
         prefix: of the names; None: where SD 1.x has CLIP's and SD 2.x OpenCLIP's.
     """
     prefix = prefix or (layout.SD2_PREFIX if openclip else layout.SD1_PREFIX)
-    canonical = {name.removeprefix(layout.NESTED): tensor for name, tensor in text_encoder.state_dict().items()}
-    canonical.pop("embeddings.position_ids", None)  # a counter, which old transformers count among the weights
+    canonical = _canonical_tensors(text_encoder)
     if not openclip:
         return {f"{prefix}{layout.NESTED}{name}": tensor for name, tensor in canonical.items()}
     model: Any = inner(text_encoder)
@@ -188,6 +204,19 @@ def original_tensors(text_encoder: nn.Module, openclip: bool, prefix: str | None
             written[f"{prefix}{table.to_original(name)}"] = tensor
     fused = {name: torch.cat([parts[index] for index in range(len(parts))]) for name, parts in thirds.items()}
     return written | fused
+
+
+def separate_tensors(text_encoder: nn.Module) -> dict[str, Tensor]:
+    """Return the text encoder's weights under their names in a file of its own, in transformers' layout."""
+    canonical = _canonical_tensors(text_encoder)
+    return {name if name == layout.PROJECTION else layout.NESTED + name: canonical[name] for name in canonical}
+
+
+def _canonical_tensors(text_encoder: nn.Module) -> dict[str, Tensor]:
+    """Return the weights under the names of newer transformers."""
+    canonical = {name.removeprefix(layout.NESTED): tensor for name, tensor in text_encoder.state_dict().items()}
+    canonical.pop("embeddings.position_ids", None)  # a counter, which old transformers count among the weights
+    return canonical
 
 
 def join(states: Tensor, num_windows: int, weights: Tensor | None) -> Tensor:
@@ -245,17 +274,24 @@ def hidden_states(text_encoder: nn.Module, tokens: Tensor, clip_skip: int | None
     return model.final_layer_norm(outputs.hidden_states[layers + 1 - clip_skip])
 
 
-def penultimate_states(text_encoder: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def penultimate_states(text_encoder: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return what the last layer but one makes of tokens (B, 77), not normed, and the last one's, normed.
 
     Args:
         text_encoder: transformers' CLIPTextModel or CLIPTextModelWithProjection.
         tokens: int64.
+        mask: (B, 77) bool, False where no token looks; None: each looks at all before it.
     Returns: both (B, 77, D).
     """
     model: Any = inner(text_encoder)
-    outputs = model(tokens, output_hidden_states=True)
+    outputs = model(tokens, attention_mask=mask, output_hidden_states=True)
     return outputs.hidden_states[len(model.encoder.layers) - 1], outputs.last_hidden_state
+
+
+def text_mask(tokens: Tensor) -> Tensor:
+    """Return True for each of tokens (B, 77) up to its row's first EOS, False for the padding that follows."""
+    ends = (tokens == EOS).long()
+    return ends.cumsum(dim=1) - ends == 0
 
 
 def pooled_text(text_encoder: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:

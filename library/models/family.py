@@ -55,8 +55,10 @@ class LoraTarget:
     name: str  # "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     module: nn.Module  # Linear or Conv2d
     group: str  # "unet" or "text_encoder": which learning rate applies
-    kind: str  # "attention" (inside transformer blocks or CLIP layers) or "resnet" (needs conv_dim)
-    block: int | None  # position in block_dims / block lr weights; None for text encoders
+    # "attention" (inside transformer blocks or CLIP layers), "resnet" (needs conv_dim), or what is adapted only when
+    # asked for by name: "embedding" (outside the blocks) and "t5"
+    kind: str
+    block: int | None  # position in block_dims / block lr weights, or the joint block; None for text encoders
     encoder: int = 0  # which of several text encoders it belongs to, for their learning rates
     alias: str | None = None  # another name that files may have it under
 
@@ -76,6 +78,21 @@ class ModelFamily(Protocol):
         """The name of the base model in the metadata of files, "sd_v1"."""
 
     @property
+    def saved_texts(self) -> tuple[str, ...]:
+        """The names of text encoders that are saved at the end of a run."""
+
+    def text_tensors(self, text_encoders: tuple[nn.Module, ...]) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of each text encoder that is saved, by the name that its file ends in."""
+
+    @property
+    def caches_all_text(self) -> bool:
+        """Whether what the cache keeps of a caption is all that `predict` takes as text."""
+
+    @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts, in the words of samplers: "epsilon", "v_prediction" or "flow"."""
+
+    @property
     def leaves_text_layers_out(self) -> bool:
         """Whether the last of a text encoder's layers have no part in what `encode_text` returns."""
 
@@ -93,6 +110,15 @@ class ModelFamily(Protocol):
     def load_text_encoders(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, ...]:
         """Return the text encoders alone, on the CPU, frozen, in eval mode."""
 
+    def load_beside_cache(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, ...]:
+        """Return, likewise, those of the text encoders that are needed although captions are cached."""
+
+    def beside_cache(self, text_encoders: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+        """Return those of loaded text encoders that are needed although captions are cached."""
+
+    def text_device(self, index: int, device: torch.device) -> torch.device:
+        """Return where a text encoder is to stand, in a run on device."""
+
     def load_vae(self, checkpoint: str, vae_path: str | None, dtype: torch.dtype) -> nn.Module:
         """Return the VAE alone, on the CPU, frozen, in eval mode."""
 
@@ -102,8 +128,11 @@ class ModelFamily(Protocol):
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Return the captions' tokens, first axis B, as `encode_text` takes them."""
 
-    def encode_text(self, parts: Parts, tokens: Tensor) -> Any:
-        """Return what `predict` takes as text; differentiable in the text encoders."""
+    def encode_text(self, parts: Parts, tokens: Tensor, known: Mapping[str, Tensor] | None = None) -> Any:
+        """Return what `predict` takes as text; differentiable in the text encoders.
+
+        known: what the cache kept, for a family whose cache does not keep all of it.
+        """
 
     def text_identity(self, checkpoint: str) -> str:
         """Return a fingerprint of the text encoders and of all that decides what `encode_text` makes of a caption.
@@ -119,6 +148,12 @@ class ModelFamily(Protocol):
 
     def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return VAE samples (B, C, h, w), not yet scaled, of images (B, 3, H, W), float32; noise decides the draw."""
+
+    def augmented(self, batch: Batch) -> Batch:
+        """Return a batch with what is drawn anew at each step of training, for all images of the common batch."""
+
+    def fit_to(self, denoiser: nn.Module, resolutions: Sequence[tuple[int, int]]) -> None:
+        """Prepare the denoiser for pictures of these (width, height), in pixels."""
 
     def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: Any, batch: Batch) -> Tensor:
         """Return the denoiser's output (B, C, h, w)."""
@@ -136,3 +171,37 @@ class ModelFamily(Protocol):
 
     def set_attention(self, parts: Parts, kind: str) -> None:
         """Choose the denoiser's attention: "sdpa" or "xformers" (a warning and sdpa where that cannot be used)."""
+
+
+class Plain:
+    """The answers of a family to which nothing of this applies."""
+
+    saved_texts: tuple[str, ...] = ()
+
+    @property
+    def caches_all_text(self) -> bool:
+        """Say that nothing but the cache is needed."""
+        return True
+
+    def text_tensors(self, text_encoders: tuple[nn.Module, ...]) -> dict[str, dict[str, Tensor]]:
+        """Return no tensors: no text encoder is saved."""
+        return {}
+
+    def load_beside_cache(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, ...]:
+        """Return no text encoder: cached captions need none."""
+        return ()
+
+    def beside_cache(self, text_encoders: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+        """Return no text encoder: cached captions need none."""
+        return ()
+
+    def text_device(self, index: int, device: torch.device) -> torch.device:
+        """Return the run's device."""
+        return device
+
+    def augmented(self, batch: Batch) -> Batch:
+        """Return the batch as it is."""
+        return batch
+
+    def fit_to(self, denoiser: nn.Module, resolutions: Sequence[tuple[int, int]]) -> None:
+        """Return at once: the denoiser takes pictures of every size."""

@@ -16,6 +16,7 @@ from library.models.checkpoint import PICKLED, open_tensors
 
 DENOISER_WEIGHTS = "diffusion_pytorch_model"
 TEXT_ENCODER_WEIGHTS = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model.fp16.bin")
+DENOISER_FILES = tuple(f"{DENOISER_WEIGHTS}{end}" for end in (".safetensors", ".fp16.safetensors"))
 VAE_WEIGHTS = tuple(f"{DENOISER_WEIGHTS}{end}" for end in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"))
 
 
@@ -140,7 +141,8 @@ def _check_pipeline(folder: Path, own: recognition.Kind) -> None:
     try:
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError) as error:
-        if (folder / "unet").is_dir() and (folder / "text_encoder").is_dir():
+        denoiser = "transformer" if own == recognition.SD3 else "unet"
+        if (folder / denoiser).is_dir() and (folder / "text_encoder").is_dir():
             return
         raise CheckpointError(
             f"{folder}: is not a diffusers model folder (no usable model_index.json). "

@@ -222,6 +222,11 @@ def build_from_diffusers(file: TensorSource, dtype: torch.dtype) -> Mmdit:
     return _built(ours, file, ours.parts, dtype)
 
 
+def original_shapes(file: TensorSource) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes that the tensors of a diffusers model's folder `transformer` have under original names."""
+    return FromDiffusers(file).shapes
+
+
 def _built(
     file: TensorSource, stored: TensorSource, stored_names: Callable[[str], Iterable[str]], dtype: torch.dtype
 ) -> Mmdit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.errors import CheckpointError
-from library.models.checkpoint import TensorSource, has_prefix
+from library.models.checkpoint import TensorSource
 from library.models.layout import unet as unet_layout
 
 
@@ -19,6 +19,9 @@ class Kind:
     parts: tuple[str, ...]  # of tensors' names: only their checkpoints have one
     network_starts: tuple[str, ...]  # of tensors' names: only their LoRA files have one
     pipelines: tuple[str, ...]  # diffusers' classes, as model_index.json names them
+    shared_starts: tuple[str, ...] = ()  # of tensors' names in its LoRA files: those of another kind too
+    part: str = "U-Net"  # what every checkpoint of this kind has
+    part_start: str = unet_layout.PREFIX  # of the names of that part's tensors
 
 
 SD = Kind(
@@ -48,15 +51,19 @@ SD3 = Kind(
     "a network for Stable Diffusion 3",
     "sd3_train_network.py",
     ("joint_blocks.",),
-    ("lora_unet_joint_blocks_",),
+    ("lora_unet_joint_blocks_", "lora_te3_"),
     ("StableDiffusion3Pipeline",),
+    shared_starts=("lora_te1_", "lora_te2_"),
+    part="MMDiT",
+    part_start="joint_blocks.",
 )
-KINDS = (SD, SDXL, SD3)
+KINDS = (SD, SD3, SDXL)  # SD3's LoRA files have names of SDXL's too
 
 
 def other_networks(own: Kind) -> tuple[tuple[str, str, str], ...]:
     """Return how names in LoRA files of other kinds start, what such a file is, and its training script."""
-    return tuple((start, kind.network, kind.script) for kind in KINDS if kind != own for start in kind.network_starts)
+    others = [(start, kind) for kind in KINDS if kind != own for start in kind.network_starts]
+    return tuple((start, kind.network, kind.script) for start, kind in others if start not in own.shared_starts)
 
 
 def check(file: TensorSource, own: Kind) -> None:
@@ -68,9 +75,9 @@ def check(file: TensorSource, own: Kind) -> None:
         raise CheckpointError(
             f"{file.path}: is a LoRA file. --pretrained_model_name_or_path needs the model it was trained on."
         )
-    if not has_prefix(file, unet_layout.PREFIX):
+    if not any(name.startswith((own.part_start, f"{unet_layout.PREFIX}{own.part_start}")) for name in file.shapes):
         raise CheckpointError(
-            f"{file.path}: holds no U-Net (no tensor starts with {unet_layout.PREFIX}). "
+            f"{file.path}: holds no {own.part} (no tensor starts with {own.part_start}). "
             "Give a full Stable Diffusion checkpoint."
         )
 

@@ -14,7 +14,7 @@ from library.batch import Batch
 from library.errors import CheckpointError
 from library.models import checkpointing, clip, clip_tokens, folders, lora_targets, recognition, unet, vae
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix, open_tensors
-from library.models.family import LatentSpace, LoraTarget, Parts
+from library.models.family import LatentSpace, LoraTarget, Parts, Plain
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
 from library.objectives.ddpm import Ddpm
@@ -27,7 +27,7 @@ SCALE = 0.18215  # v1-inference.yaml and v2-inference.yaml, scale_factor
 
 
 @dataclass(frozen=True)
-class Sd:
+class Sd(Plain):
     """The SD 1.x / 2.x family: how its files are loaded and its models called."""
 
     v2: bool = False
@@ -42,6 +42,11 @@ class Sd:
     bucket_step_multiple = 64  # the U-Net halves latents three times
     preview_side = 512
     other_networks = recognition.other_networks(recognition.SD)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: the noise, or the velocity."""
+        return "v_prediction" if self.v_parameterization else "epsilon"
 
     @classmethod
     def from_options(cls, options: Any) -> Sd:
@@ -169,7 +174,7 @@ class Sd:
             cache_dir=self.tokenizer_cache_dir,
         )
 
-    def encode_text(self, parts: Parts, tokens: Tensor) -> Tensor:
+    def encode_text(self, parts: Parts, tokens: Tensor, known: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return hidden states (B, N, D), N = 75 * windows + 2, of what `tokenize` returned.
 
         Each window is encoded alone. Weights multiply a token's hidden state, without renormalising.

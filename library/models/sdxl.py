@@ -14,7 +14,7 @@ from library.batch import Batch
 from library.errors import CheckpointError
 from library.models import checkpointing, clip, clip_tokens, folders, lora_targets, recognition, unet, vae
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix, open_tensors, require
-from library.models.family import LatentSpace, LoraTarget, Parts
+from library.models.family import LatentSpace, LoraTarget, Parts, Plain
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
 from library.objectives.ddpm import Ddpm
@@ -33,7 +33,7 @@ Text = tuple[Tensor, Tensor, Tensor]  # states of both text encoders (B, N, 768)
 
 
 @dataclass(frozen=True)
-class Sdxl:
+class Sdxl(Plain):
     """The SDXL family: how its files are loaded and its models called."""
 
     v_parameterization: bool = False
@@ -49,6 +49,11 @@ class Sdxl:
     other_networks = recognition.other_networks(recognition.SDXL)
     leaves_text_layers_out = True  # of the first text encoder the last
     base_model_version = "sdxl_base_v1-0"
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: the noise, or the velocity."""
+        return "v_prediction" if self.v_parameterization else "epsilon"
 
     @classmethod
     def from_options(cls, options: Any) -> Sdxl:
@@ -161,7 +166,7 @@ class Sdxl:
         ]
         return torch.stack(tokens, dim=2)
 
-    def encode_text(self, parts: Parts, tokens: Tensor) -> Text:
+    def encode_text(self, parts: Parts, tokens: Tensor, known: Mapping[str, Tensor] | None = None) -> Text:
         """Return the states of both text encoders, N = 75 * windows + 2, and the pooled text of the first window.
 
         Each window is encoded alone. Weights multiply a token's hidden states, without renormalising; the pooled text

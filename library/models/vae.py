@@ -21,18 +21,23 @@ from library.models.checkpoint import (
 )
 from library.models.layout import vae as layout
 
+SD_CHANNELS = 4  # of the latents of SD 1.x, 2.x and XL
+QUANT = "quant_conv.weight"
 
-def build(file: TensorSource, dtype: torch.dtype) -> nn.Module:
+
+def build(file: TensorSource, dtype: torch.dtype, channels: int = SD_CHANNELS) -> nn.Module:
     """Return diffusers' AutoencoderKL with the weights of a VAE file or full checkpoint.
 
     Args:
         file: original names, under "first_stage_model." or not, or diffusers' names.
         dtype: of the weights in memory.
+        channels: of the family's latents.
 
     Raises:
-        CheckpointError: tensors are missing or of a wrong shape.
+        CheckpointError: tensors are missing or of a wrong shape, or it is another family's VAE.
     """
     source, names = stored_names(file)
+    check_channels(source, names, channels)
     from diffusers import AutoencoderKL
 
     module = build_on_meta(lambda: AutoencoderKL(**_config(source, names)))
@@ -78,17 +83,38 @@ def _config(source: TensorSource, names: Mapping[str, str]) -> dict[str, Any]:
     layers = 0
     while f"encoder.down_blocks.0.resnets.{layers}.conv1.weight" in names:
         layers += 1
-    quant = "quant_conv.weight"
-    require(source, [names.get(quant, quant)], "VAE")
+    channels = _channels(source, names)
+    has_quant = channels == SD_CHANNELS or QUANT in names  # SD3's has none
+    if has_quant:
+        require(source, [names.get(QUANT, QUANT)], "VAE")
     return {
+        "use_quant_conv": has_quant,
+        "use_post_quant_conv": has_quant,
         "in_channels": 3,
         "out_channels": 3,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "block_out_channels": widths,
         "layers_per_block": layers,
-        "latent_channels": source.shapes[names[quant]][0] // 2,  # mean and log variance
+        "latent_channels": channels,
     }
+
+
+def check_channels(source: TensorSource, names: Mapping[str, str], channels: int) -> None:
+    """Raise CheckpointError if a VAE's latents have other channels than the family's."""
+    found = _channels(source, names)
+    if found != channels:
+        raise CheckpointError(
+            f"{source.path}: this VAE's latents have {found} channels, the model's have {channels}. "
+            "Give the model's own VAE."
+        )
+
+
+def _channels(source: TensorSource, names: Mapping[str, str]) -> int:
+    """Return how many channels the latents have; the encoder's output is their mean and log variance."""
+    last = "encoder.conv_out.weight"
+    require(source, [names.get(last, last)], "VAE")
+    return source.shapes[names[last]][0] // 2
 
 
 def fingerprint(file: TensorSource) -> str:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from library.errors import OptionError
+from library.options.declare import declared
+from library.options.flow import FlowOptions
 from library.options.groups import Options
 from library.options.hub import hub_place
+from library.options.reference import TRAINS_BESIDE_TEXT_CACHE
 from library.options.sharing import check_deepspeed, idle_deepspeed_options
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt")
 
 
-def check_options(options: Options) -> list[str]:
+def check_options(options: Options, script: str = "train_network") -> list[str]:
     """Return warnings about options that will have no effect, by name.
+
+    Args:
+        options: of the run.
+        script: which is to carry them out, without ".py".
 
     Raises: OptionError for what is missing or contradicts.
     """
     _check_required(options)
-    _check_text_cache(options)
+    _check_text_cache(options, script)
     _check_loss(options)
     check_deepspeed(options)
     _check_fused(options)
@@ -27,8 +34,10 @@ def check_options(options: Options) -> list[str]:
     _check_resume(options)
     return [
         *_idle_data_options(options),
+        *idle_flow_options(options.flow),
         *_idle_with_class(options),
         *_idle_training_options(options),
+        *_idle_t5_training(options),
         *idle_deepspeed_options(options),
         *_idle_saving_options(options),
         *_idle_hub_options(options),
@@ -49,6 +58,7 @@ def check_files(options: Options) -> None:
         ("sample_prompts", options.sampling.sample_prompts),
         ("network_weights", network.network_weights),
     ]
+    files += [(name, getattr(options.sd3, name)) for name in ("clip_l", "clip_g", "t5xxl")]
     files += [("base_weights", place) for place in network.base_weights or ()]
     models = (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("vae", model.vae))
     files += [(name, place) for name, place in models if place and Path(place).suffix in MODEL_SUFFIXES]
@@ -81,14 +91,20 @@ def _check_required(options: Options) -> None:
             raise OptionError(f"--{name} is missing. Add --{name}={example}.")
 
 
-def _check_text_cache(options: Options) -> None:
+def _check_text_cache(options: Options, script: str) -> None:
     if not options.caching.cache_text_encoder_outputs:
         return
     if options.dataset.dataset_class is not None:
         raise OptionError(
             "--cache_text_encoder_outputs cannot be with --dataset_class, which may make other captions each time."
         )
-    if not options.network.network_train_unet_only:
+    if script in TRAINS_BESIDE_TEXT_CACHE:
+        if trains_t5(options.network.network_args):
+            raise OptionError(
+                "--cache_text_encoder_outputs encodes the captions with T5-XXL before training, so that train_t5xxl of "
+                "--network_args has nothing to train. Leave one of them out."
+            )
+    elif not options.network.network_train_unet_only:
         raise OptionError(
             "--cache_text_encoder_outputs encodes the captions before training, so that the text encoders cannot be "
             "trained. Leave out one of --cache_text_encoder_outputs and --network_train_text_encoder_only."
@@ -162,6 +178,26 @@ def _idle_data_options(options: Options) -> Iterator[str]:
         yield "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"
     if noise.multires_noise_discount != 0.3 and not noise.multires_noise_iterations:
         yield "--multires_noise_discount has no effect without --multires_noise_iterations"
+
+
+def idle_flow_options(flow: FlowOptions) -> Iterator[str]:
+    """Yield a warning for each number that belongs to another --weighting_scheme than the chosen one."""
+    belongs_to = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+    for each in declared(FlowOptions):
+        scheme = belongs_to.get(each.name, flow.weighting_scheme)
+        if scheme != flow.weighting_scheme and getattr(flow, each.name) != each.default:
+            yield f"--{each.name} has no effect without --weighting_scheme {scheme}"
+
+
+def _idle_t5_training(options: Options) -> Iterator[str]:
+    if options.network.network_train_unet_only and trains_t5(options.network.network_args):
+        yield "--network_args train_t5xxl has no effect: --network_train_unet_only leaves the text encoders as they are"
+
+
+def trains_t5(network_args: Iterable[str] | None) -> bool:
+    """Return whether train_t5xxl of --network_args is on, in any spelling of true."""
+    given = (text.partition("=") for text in network_args or ())
+    return any(name.strip() == "train_t5xxl" and value.strip().lower() in ("true", "1") for name, _, value in given)
 
 
 def _idle_with_class(options: Options) -> Iterator[str]:

@@ -19,8 +19,10 @@ from library.options.reference import (
     IGNORED,
     IGNORED_BY_SCRIPT,
     OTHER_SCRIPTS,
+    RECORDED,
     REFUSED,
     REFUSED_BY_SCRIPT,
+    TRAINS_BESIDE_TEXT_CACHE,
 )
 from library.options.values import Declared, convert
 
@@ -60,7 +62,7 @@ def read_training(argv: Sequence[str], script: str, description: str = "Train a 
     Raises: OptionError for a wrong command line or config file.
     """
     read = read_command_line(argv, prog=f"{script}.py", description=description, script=script)
-    return CommandLine(read.options, read.own, (*read.warnings, *check_options(read.options)))
+    return CommandLine(read.options, read.own, (*read.warnings, *check_options(read.options, script)))
 
 
 def read_command_line(
@@ -107,9 +109,10 @@ def read_command_line(
         values = {**from_file, **values}
         warnings += file_warnings
     warnings += _without_reader(values, script)
-    values, said = _with_unet_only(values)
+    values, said = _with_unet_only(values, script)
     warnings += said
-    options = build_all(values)
+    idle = IGNORED_BY_SCRIPT.get(script, {}).keys() - RECORDED
+    options = build_all({name: value for name, value in values.items() if name not in idle})
     if is_writing:
         path = config_file.path_of(file)
         config_file.write(path, values)
@@ -117,11 +120,13 @@ def read_command_line(
     return CommandLine(options, own, tuple(warnings))
 
 
-def _with_unet_only(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _with_unet_only(values: dict[str, Any], script: str) -> tuple[dict[str, Any], list[str]]:
     """Return the values with what cached text requires, and a warning if it was not asked for.
 
     The guide's command for SDXL has the cache beside rates for the text encoders, which sd-scripts refuses.
     """
+    if script in TRAINS_BESIDE_TEXT_CACHE:
+        return values, []
     is_cached = values.get("cache_text_encoder_outputs") or values.get("cache_text_encoder_outputs_to_disk")
     if not is_cached or values.get("network_train_unet_only") or values.get("network_train_text_encoder_only"):
         return values, []
@@ -206,8 +211,12 @@ def _without_reader(values: Mapping[str, Any], script: str) -> list[str]:
         for each in IGNORED
         if values.get(each.name, each.default) != each.default
     ]
-    idle = IGNORED_BY_SCRIPT.get(script, {}).items()
-    return ignored + [f"--{name} has no effect: {reason}" for name, reason in idle if values.get(name)]
+    known, idle = all_declared(), IGNORED_BY_SCRIPT.get(script, {}).items()
+    return ignored + [
+        f"--{name} has no effect: {reason}"
+        for name, reason in idle
+        if values.get(name) not in (None, 0, known[name].default)
+    ]
 
 
 def _unknown_argument(unknown: Sequence[str], known: Mapping[str, Declared]) -> str:

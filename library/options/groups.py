@@ -11,6 +11,7 @@ from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
 from library.options.declare import build, declared
 from library.options.deepspeed import DeepSpeedOptions
+from library.options.flow import FlowOptions
 from library.options.hub import HubOptions
 from library.options.logging import LoggingOptions
 from library.options.loss import LossOptions
@@ -23,6 +24,7 @@ from library.options.optimizer import OptimizerOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.schedule import ScheduleOptions
+from library.options.sd3 import Sd3Options
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
 from library.options.values import Declared
@@ -33,11 +35,13 @@ class Options:
     """What a run was asked to do. A part of the project takes the group or the values it uses, not all of it."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
+    sd3: Sd3Options = field(default_factory=Sd3Options)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     caching: CachingOptions = field(default_factory=CachingOptions)
     masks: MaskOptions = field(default_factory=MaskOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
+    flow: FlowOptions = field(default_factory=FlowOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -54,11 +58,13 @@ class Options:
 
 GROUPS: Mapping[str, type] = {
     "model": ModelOptions,
+    "sd3": Sd3Options,
     "dataset": DatasetOptions,
     "captions": CaptionOptions,
     "caching": CachingOptions,
     "masks": MaskOptions,
     "noise": NoiseOptions,
+    "flow": FlowOptions,
     "loss": LossOptions,
     "network": NetworkOptions,
     "optimizer": OptimizerOptions,

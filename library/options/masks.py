@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.options.declare import check_values, option
+from library.options.values import Bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,12 @@ class MaskOptions:
         "error",
         "For an image without its mask file: stop, learn all of it, or leave it out.",
         choices=("error", "train_all", "skip"),
+    )
+    mask_token_drop: int | None = option(
+        None,
+        "Do not compute what lies further than this many latent cells (8 pixels) from all that a mask lets be learnt: "
+        "faster, but the model does not see it either. Unset: all is computed.",
+        bounds=Bounds(min=0),
     )
 
     def __post_init__(self) -> None:

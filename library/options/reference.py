@@ -53,10 +53,38 @@ GRANTED = (
 # Options that a script understands but cannot carry out -> why. Those refused are errors, those ignored warnings.
 REFUSED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
     "sdxl_train_network": {"v2": "Stable Diffusion 2.x is trained with train_network.py"},
+    "sd3_train_network": {"weighted_captions": "T5-XXL reads a caption as a whole, so that words have no weights"},
 }
 IGNORED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
     "sdxl_train_network": {"clip_skip": "SDXL always reads its text encoders at the last layer but one"},
-}
+    "sd3_train_network": {
+        "v2": "it is for Stable Diffusion 2.x",
+        "v_parameterization": "SD3 always learns the velocity of a flow",
+        "clip_skip": "SD3 always reads its CLIP text encoders at the last layer but one",
+        "max_token_length": "CLIP reads 75 tokens of a caption, and T5-XXL as many as --t5xxl_max_token_length says",
+        **dict.fromkeys(
+            (
+                "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations",
+                "multires_noise_discount", "ip_noise_gamma", "ip_noise_gamma_random_strength",
+            ),
+            "SD3 learns the way from a picture to plain noise",
+        ),
+        "zero_terminal_snr": "the last timestep of SD3 is noise alone anyway",
+        **dict.fromkeys(
+            (
+                "min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss", "debiased_estimation_loss",
+            ),
+            "the timesteps of SD3 are weighed by --weighting_scheme",
+        ),
+        "sample_sampler": "SD3's pictures are always drawn with Euler's method",
+        "xformers": "SD3 always uses torch's scaled_dot_product_attention",
+    },
+}  # fmt: skip
+# Of those ignored, what files record all the same, as sd-scripts does. The others count as not given.
+RECORDED = frozenset({"clip_skip"})
+
+# Scripts of models with a text encoder that can be trained beside the cached outputs of the others: CLIP beside T5-XXL.
+TRAINS_BESIDE_TEXT_CACHE = frozenset({"sd3_train_network"})
 
 # Keys that graphical front ends write into config files, though no script has such an option.
 FRONT_END_KEYS = frozenset({"epoch", "noise_offset_type"})
@@ -94,6 +122,7 @@ OTHER_SCRIPTS: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "pos_emb_random_crop_rate": (_SD3, True),
     "enable_scaled_pos_embed": (_SD3, False),
     "training_shift": (_SD3, True),
+    "mask_token_drop": (_SD3, True),
     "use_safetensors": (_DB, False),
     "learning_rate_te": (_DB, True),
     "no_token_padding": (_DB, False),

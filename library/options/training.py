@@ -38,6 +38,12 @@ class TrainingOptions:
         False,
         "Keep the U-Net's checkpoints in main memory: still less GPU memory. Switches --gradient_checkpointing on.",
     )
+    blocks_to_swap: int | None = option(
+        None,
+        "Keep this many blocks of the model in main memory and fetch them when they are needed; at most all but two. "
+        "0 is off.",
+        bounds=Bounds(min=0),
+    )
     max_data_loader_n_workers: int = option(
         8, "Processes that load images, at most one per CPU core; 0 loads in the main process.", bounds=Bounds(min=0)
     )
@@ -75,8 +81,15 @@ class TrainingOptions:
         check_values(self)
         if self.initial_epoch == 0:
             settle(self, "initial_epoch", None)
+        if self.blocks_to_swap == 0:
+            settle(self, "blocks_to_swap", None)
         if self.cpu_offload_checkpointing:
             settle(self, "gradient_checkpointing", True)
+            if self.blocks_to_swap is not None:
+                raise OptionError(
+                    f"--blocks_to_swap {self.blocks_to_swap} cannot be with --cpu_offload_checkpointing: both use the "
+                    "way to main memory. Leave one of them out."
+                )
         for is_full, name in ((self.full_fp16, "fp16"), (self.full_bf16, "bf16")):
             if is_full and self.mixed_precision != name:
                 raise OptionError(

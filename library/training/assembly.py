@@ -268,7 +268,7 @@ def make_sampler(setting: Setting, loaded: Loaded, trained: trainee.NetworkTrain
         (setting.accelerator.process_index, setting.accelerator.num_processes),
         Drawing(
             autocast_dtype=None if formats.mixed == "no" else formats.frozen,
-            prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
+            prediction_type=setting.family.prediction_type,
             zero_terminal_snr=options.noise.zero_terminal_snr,
             modules=trained.modules,
             texts=None if loaded.texts is None else loaded.texts.prompts,

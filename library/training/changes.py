@@ -26,13 +26,15 @@ log = logging.getLogger(__name__)
 KEPT_BY_STATE = ("learning_rate", "unet_lr", "text_encoder_lr", "optimizer_args", "network_weights", "network_alpha")
 # The groups whose options decide what is computed, and the options among them that do not.
 DECIDING = (
-    "model", "dataset", "captions", "caching", "masks", "noise", "loss", "network", "optimizer", "schedule", "training",
+    "model", "sd3", "dataset", "captions", "caching", "masks", "noise", "flow", "loss", "network", "optimizer",
+    "schedule", "training",
 )  # fmt: skip
 FREE_TO_CHANGE = {
     "max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "initial_step", "initial_epoch", "seed",
     "ddp_timeout", "lowram",
     "cache_latents_to_disk", "cache_dir", "skip_cache_check", "vae_batch_size", "tokenizer_cache_dir",
     "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size",
+    "blocks_to_swap", "save_clip", "save_t5xxl", "t5xxl_device",
     "dataset_config", "train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir",  # what is in them is told
 }  # fmt: skip
 PARTS_OF_A_DATASET = ("images and masks", "captions", "settings")

@@ -71,6 +71,7 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
+    _warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:
@@ -83,6 +84,11 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
             if getattr(options.validation, name) is not None:
                 log.warning("--%s has no effect: no image is held back, see --validation_split", name)
     return Data(configs, found.samples, found.validation)
+
+
+def _warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
+    if reach is not None and all(sample.mask.kind == "none" for sample in samples):
+        log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
 
 
 def make_plan(data: Data, options: Options, seed: int, num_processes: int) -> RunPlan:
@@ -184,10 +190,17 @@ def load(
 ) -> BatchLoader:
     """Return the endless batches after steps_done, of each the part of this process (index, of how many)."""
     settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight, *process)
-    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=stores.latents, texts=stores.texts)
+    images = drawn_images(data, settings, stores, family)
     batches = run_plan.batches(run_plan.first_batch_of(steps_done))
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
     return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+
+def drawn_images(data: Data, settings: LoaderSettings, stores: Stores, family: ModelFamily) -> DrawnImages:
+    """Return the batches of a run by their draws; captions are tokenized where there are encoders to read them."""
+    is_read = stores.texts is None or not family.caches_all_text
+    tokenize = family.tokenize if is_read else None
+    return DrawnImages(data.all_samples, settings, tokenize=tokenize, store=stores.latents, texts=stores.texts)
 
 
 def load_validation(
@@ -201,6 +214,6 @@ def load_validation(
 ) -> BatchLoader:
     """Return the batches given, of images that are held back; each pass over them gives the same."""
     settings = LoaderSettings(seed, max_train_steps)
-    images = DrawnImages(data.all_samples, settings, tokenize=family.tokenize, store=stores.latents, texts=stores.texts)
+    images = drawn_images(data, settings, stores, family)
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1, len(batches))
     return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())

@@ -73,13 +73,14 @@ def collect(setting: Setting, optimizer: str, hashes: Hashes | None) -> FileMeta
         network_args=network_arguments(network.network_args),
         model_name=options.model.pretrained_model_name_or_path or "",
         vae_name=options.model.vae,
+        extra=metadata.of_flow(options) if family.prediction_type == "flow" else {},
     )
     spec = metadata.modelspec(
         options.metadata,
         family.base_model_version,
         options.saving.output_name,
         data.configs[0].resolution,
-        prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
+        prediction_type=family.prediction_type,
         clip_skip=options.model.clip_skip,
         timestep_range=_timestep_range(options),
     )

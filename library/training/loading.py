@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from library.models import float8
+from library.models import block_swap, float8
 from library.models.family import Parts
 from library.training import data as training_data
 from library.training import text_cache, trainee
@@ -57,12 +57,16 @@ def load_text(setting: Setting, parts: Parts) -> tuple[Parts, Texts | None]:
     pending = text_cache.survey(data, prompts, options, family, formats, accelerator)
     if pending.num_missing or options.network.base_weights:
         parts = replace(parts, text_encoders=family.load_text_encoders(checkpoint, formats.frozen))
-        to_merge = (parts.denoiser,) if options.network.base_weights else ()
-        for model in (*to_merge, *parts.text_encoders):
-            model.to(accelerator.device)
+        place_text_encoders(setting, parts)
+        if options.network.base_weights and not options.training.blocks_to_swap:
+            parts.denoiser.to(accelerator.device)
         merge_base_weights(setting, parts)
     texts = text_cache.fill(pending, family, parts, formats.autocast, accelerator)
-    parts = replace(parts, text_encoders=())
+    is_loaded = bool(parts.text_encoders)
+    kept = (
+        family.beside_cache(parts.text_encoders) if is_loaded else family.load_beside_cache(checkpoint, formats.frozen)
+    )
+    parts = replace(parts, text_encoders=kept)
     gc.collect()  # modules that know of each other would stay until the collector comes by
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()  # once: the models to come are in pieces of other sizes
@@ -99,12 +103,23 @@ def settle_weights(setting: Setting, parts: Parts) -> None:
         # float8 before the move: the device never holds more than what it keeps
         for model in formats.float8_parts(parts):
             float8.store(model)
-    for model in (parts.denoiser, *parts.text_encoders):
-        model.to(setting.accelerator.device)
+    blocks_to_swap, device = setting.options.training.blocks_to_swap, setting.accelerator.device
+    place_text_encoders(setting, parts)
+    if not blocks_to_swap:  # such a denoiser may be larger than the device
+        parts.denoiser.to(device)
     if not has_merged:
         merge_base_weights(setting, parts)
         for model in formats.float8_parts(parts):
             float8.store(model)
+    if blocks_to_swap:
+        block_swap.install(parts.denoiser, blocks_to_swap, device)
+    setting.family.fit_to(parts.denoiser, [config.resolution for config in setting.checked.data.configs])
+
+
+def place_text_encoders(setting: Setting, parts: Parts) -> None:
+    """Put each text encoder where it is to compute."""
+    for index, text_encoder in enumerate(parts.text_encoders):
+        text_encoder.to(setting.family.text_device(index, setting.accelerator.device))
 
 
 def merge_base_weights(setting: Setting, parts: Parts) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ class Drawing:
     """How the models are to be run."""
 
     autocast_dtype: torch.dtype | None = None  # half precision of the denoiser and text encoders; None: as they are
-    prediction_type: str = "epsilon"  # or "v_prediction"
+    prediction_type: str = "epsilon"  # or "v_prediction" or "flow"
     zero_terminal_snr: bool = False  # the noise schedule ends in pure noise
     modules: tuple[nn.Module, ...] = ()  # further ones to be in evaluation mode meanwhile: the network being trained
     texts: TextStore | None = None  # prompts that were encoded while there were text encoders; None: there are
@@ -50,11 +50,13 @@ class Painter:
         """Put every model on the device and in evaluation mode; afterwards all is as it was, random states included."""
         assert self.parts.vae is not None, "a run with previews keeps its VAE"
         models = (self.parts.denoiser, *self.parts.text_encoders, self.parts.vae)
+        text_devices = [self.family.text_device(i, self.device) for i in range(len(self.parts.text_encoders))]
+        devices = (self.device, *text_devices, self.device)
         with ExitStack() as stack:
             stack.enter_context(random_states_kept())
             stack.enter_context(evaluating((*models, *self.drawing.modules)))
-            for model in models:
-                stack.enter_context(placed(model, self.device))
+            for model, device in zip(models, devices, strict=True):
+                stack.enter_context(placed(model, device))
             stack.enter_context(torch.no_grad())
             yield
 
@@ -98,8 +100,10 @@ class Painter:
         """Return what the denoiser is told of captions: as cached, or as the text encoders say now."""
         if self.drawing.texts is None:
             return encode_prompts(self.family, self.parts, captions, self.device)
-        outputs = self.drawing.texts.get(captions)
-        return self.family.text_of({name: tensor.to(self.device) for name, tensor in outputs.items()})
+        outputs = {name: tensor.to(self.device) for name, tensor in self.drawing.texts.get(captions).items()}
+        if self.family.caches_all_text:
+            return self.family.text_of(outputs)
+        return encode_prompts(self.family, self.parts, captions, self.device, outputs)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Return the picture (1, 3, H, W) float32 on the CPU, about [-1, 1]; in the VAE's own precision."""
@@ -115,18 +119,25 @@ def captions_of(prompt: SamplePrompt) -> tuple[str, ...]:
     return (prompt.negative_prompt, prompt.prompt) if prompt.scale > 1 else (prompt.prompt,)
 
 
-def encode_prompts(family: ModelFamily, parts: Parts, captions: Sequence[str], device: torch.device) -> Any:
+def encode_prompts(
+    family: ModelFamily,
+    parts: Parts,
+    captions: Sequence[str],
+    device: torch.device,
+    known: Mapping[str, Tensor] | None = None,
+) -> Any:
     """Return what the denoiser is told of captions, in as many windows as the longest needs.
 
     Args:
         family: that is trained.
         parts: with text encoders, on the device.
         captions: from `captions_of`.
-        device: where the text encoders are.
+        device: of the run.
+        known: what the cache kept of the captions, for a family whose cache does not keep all.
     """
     wide = preview_family(family)
     tokens = shortest(wide.tokenize(captions), wide.tokenize([""])).to(device)
-    return wide.encode_text(parts, tokens)
+    return wide.encode_text(parts, tokens, known)
 
 
 def preview_family(family: ModelFamily) -> ModelFamily:

@@ -29,6 +29,7 @@ from library.training import (
     optimizers,
     reporting,
     sampling,
+    saved_texts,
     saving,
     schedules,
     state,
@@ -133,6 +134,9 @@ def carry_out(setting: Setting) -> bool:
     except LossError as error:
         model = options.model.pretrained_model_name_or_path or ""
         raise LossError(diagnosis.explained(str(error), loaded.parts, model, checked.precision.mixed)) from None
+    if is_complete and accelerator.is_main_process:
+        dtype = saving.save_dtype(options.saving.save_precision) or checked.precision.frozen
+        saved_texts.save(options, setting.family, loaded.parts.denoiser, run.saver.final_path(), dtype)
     reporter.write(run, is_complete=is_complete)
     accelerator.wait_for_everyone()  # the first process may still be writing
     return is_complete
@@ -145,6 +149,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
     """
     distribution.check(options)
     network_module = trainee.check(options.network)
+    saved_texts.check(options, family)
     given = [("--network_weights", options.network.network_weights)]
     given += [("--base_weights", file) for file in options.network.base_weights or ()]
     for option, file in given:

@@ -118,6 +118,8 @@ class Sampler:
         if not prompts:
             return None
         drawing = drawing or Drawing()
+        if drawing.prediction_type == "flow" and any(prompt.sample_sampler for prompt in prompts):
+            log.warning("samplers that prompts name (--ss) have no effect: a flow is always drawn with Euler's method")
         if drawing.zero_terminal_snr:
             for name in sorted({check_sampler(prompt.sample_sampler or options.sample_sampler) for prompt in prompts}):
                 if not SAMPLERS[name].knows_zero_snr:

@@ -1,4 +1,7 @@
-"""The samplers of --sample_sampler: diffusers' schedulers, set up for the noise schedule of SD 1.x, 2.x and XL."""
+"""The samplers of --sample_sampler: diffusers' schedulers, set up for the noise schedule of SD 1.x, 2.x and XL.
+
+A flow, as SD3 is, has one sampler: Euler's method.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from library.errors import OptionError, did_you_mean
 
 LMS_ORDER = 4
+FLOW_SHIFT = 3.0  # scheduler_config.json of stable-diffusion-3-medium and of 3.5
 
 
 class LmsScheduler:
@@ -61,6 +65,32 @@ class LmsScheduler:
             sample = sample + weight * slope
         self.index += 1
         return sample, finished
+
+
+class FlowScheduler:
+    """Euler's method along a flow, from noise to picture, with the calls that the other schedulers have."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self) -> None:
+        """Take diffusers' scheduler, with the shift that SD3 was published with."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        self.euler: Any = FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Choose the timesteps, and begin a new picture."""
+        self.euler.set_timesteps(num_inference_steps, device=device)
+        self.timesteps: Tensor = self.euler.timesteps  # (T,) float32, falling from 1000
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Return the sample, which is as the denoiser expects it."""
+        return sample
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """Return the sample at the next timestep."""
+        stepped: tuple[Tensor] = self.euler.step(model_output, timestep, sample, return_dict=False)
+        return stepped
 
 
 def lms_weights(sigmas: np.ndarray) -> list[float]:
@@ -124,11 +154,13 @@ def build_scheduler(name: str, prediction_type: str = "epsilon", zero_terminal_s
     """Return a fresh diffusers scheduler for one picture.
 
     Args:
-        name: a name of SAMPLERS or ALIASES.
-        prediction_type: "epsilon" or "v_prediction".
+        name: a name of SAMPLERS or ALIASES; does not matter for a flow.
+        prediction_type: "epsilon", "v_prediction" or "flow".
         zero_terminal_snr: the model was trained on a schedule that ends in pure noise; sampling then starts at its very
             last timestep. Samplers that cannot do so (knows_zero_snr) use the ordinary schedule.
     """
+    if prediction_type == "flow":
+        return FlowScheduler()
     from diffusers import schedulers
 
     kind = SAMPLERS[check_sampler(name)]

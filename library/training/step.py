@@ -14,7 +14,7 @@ from library import losses, masks
 from library.training import draws
 
 if TYPE_CHECKING:
-    from library.batch import Batch, Share
+    from library.batch import Batch
     from library.models.family import ModelFamily, Parts
     from library.objectives.objective import HuberOptions, Noised, Objective
 
@@ -58,25 +58,31 @@ class Step(nn.Module):
             latents: (B, C, h, w) VAE samples, not yet scaled.
         Returns: (B,) float32, weighted by mask, prior loss weight and signal-to-noise ratio.
         """
-        noised = self._noise(self.family.latent_space.normalise(latents), batch.share)
+        noised, batch = self._drawn(self.family.latent_space.normalise(latents), batch)
         with nullcontext() if self.is_text_trained else torch.no_grad():
             text = self.encode_text(batch)
         return self.losses_of(batch, noised, text)
 
-    def _noise(self, latents: Tensor, share: Share | None) -> Noised:
-        """Return latents with noise: that which one process would draw for all of them, if several share the batch."""
+    def _drawn(self, latents: Tensor, batch: Batch) -> tuple[Noised, Batch]:
+        """Return latents with noise, and the batch with what the family draws.
+
+        Several processes that share a batch draw what one process would draw for all of it.
+        """
+        share = batch.share
+        noised = self.objective.noise(latents if share is None else share.whole(latents))
+        batch = self.family.augmented(batch)
         if share is None:
-            return self.objective.noise(latents)
-        noised = self.objective.noise(share.whole(latents))
+            return noised, batch
         draws.seed_process(share.process_index)
-        return replace(noised, **{field.name: getattr(noised, field.name)[share.rows] for field in fields(noised)})
+        own = {field.name: getattr(noised, field.name)[share.rows] for field in fields(noised)}
+        return replace(noised, **own), batch
 
     def encode_text(self, batch: Batch) -> Any:
         """Return what the denoiser is told of a batch's captions: as cached, or as the text encoders say now."""
-        if batch.text is not None:
+        if batch.text is not None and self.family.caches_all_text:
             return self.family.text_of(batch.text)
         assert batch.tokens is not None, "the loader of a run tokenizes"
-        return self.family.encode_text(self.parts, batch.tokens)
+        return self.family.encode_text(self.parts, batch.tokens, batch.text)
 
     def losses_of(self, batch: Batch, noised: Noised, text: Any) -> Tensor:
         """Return the loss (B,) float32 of each image, weighted, for a batch with noise in place."""

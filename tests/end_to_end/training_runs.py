@@ -1,5 +1,6 @@
 """Whole training runs for the tests: model families, pictures, dataset configs, and what a run leaves behind."""
 
+import functools
 import importlib
 import json
 import os
@@ -45,6 +46,7 @@ class Family:
     text_groups: tuple[str, ...] = ("te",)  # how names of text encoders' modules begin after lora_
     text_prefix: str = "cond_stage_model"  # of a text encoder in a checkpoint
     idle: tuple[str, ...] = ()  # options that other families have, and this one warns about
+    refused: tuple[str, ...] = ()  # options that other families have, and this one cannot carry out
     right: tuple[str, ...] = ()  # cases of test_wrong_input.py that are no mistakes with this family
     lacks: str = "$^"  # a pattern for the keys of modules that the tiny checkpoint has fewer of than the true one
     switches: tuple[str, ...] = ()  # options that say which model of the family it is
@@ -104,7 +106,33 @@ SDXL = Family(
     lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|_transformer_blocks_[2-9]_"
     r"|_(input_blocks_[45]|output_blocks_[345])_1_transformer_blocks_1_",
 )
-FAMILIES = (SD15, SDXL)  # every test of whole runs; test_sd2.py tells what differs in the others
+SD35M = Family(
+    script="sd3_train_network",
+    place="library.models.sd3:Sd3",
+    checkpoint=functools.partial(tiny_models.tiny_sd3, "5-medium"),
+    folder=functools.partial(tiny_models.tiny_sd3_folder, "5-medium"),
+    base_model_version="5-medium",
+    architecture="stable-diffusion-3-5-medium/lora",
+    keys="lora_keys_sd35m.json.gz",
+    pipeline="StableDiffusion3Pipeline",
+    last_layers=("lora_te1_text_model_encoder_layers_2_", "lora_te1_text_model_encoder_layers_1_"),
+    text_groups=("te1", "te2"),
+    text_prefix="text_encoders.clip_l",
+    idle=("--clip_skip", "--max_token_length"),
+    refused=("--weighted_captions",),
+    right=("checkpoint of SD 3", "layers that are not there"),
+    lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|joint_blocks_([4-9]|\d\d)_"
+    r"|joint_blocks_[23]_x_block_attn2|joint_blocks_3_context_block_(attn_proj|mlp)",
+)
+SD3M = replace(
+    SD35M,
+    checkpoint=functools.partial(tiny_models.tiny_sd3, "medium"),
+    folder=functools.partial(tiny_models.tiny_sd3_folder, "medium"),
+    base_model_version="medium",
+    architecture="stable-diffusion-3-medium/lora",
+    keys="lora_keys_sd3m.json.gz",
+)
+FAMILIES = (SD15, SDXL, SD35M)  # every test of whole runs; test_sd2.py tells what differs in the others
 
 
 @dataclass(frozen=True)
