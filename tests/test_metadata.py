@@ -14,10 +14,12 @@ from safetensors import safe_open
 
 from library import metadata
 from library.metadata import DatasetFacts, RunFacts
+from library.options.flow import FlowOptions
 from library.options.groups import Options
 from library.options.metadata import MetadataOptions
 from library.options.network import NetworkOptions
 from library.options.saving import SavingOptions
+from library.options.sd3 import Sd3Options
 
 DATA = Path(__file__).parent / "data"
 TINY = sorted(DATA.glob("*/lora_tiny_*.safetensors"))
@@ -216,6 +218,37 @@ def test_modelspec_takes_the_texts_of_the_options() -> None:
     assert ours["modelspec.prediction_type"] == "v"
     assert ours["modelspec.encoder_layer"] == "2"
     assert ours["modelspec.timestep_range"] == "0,600"
+
+
+@pytest.mark.parametrize("version", ["medium", "5-medium", "5-large"])
+def test_modelspec_of_sd3_is_that_of_sd_scripts(version: str) -> None:
+    ours = metadata.modelspec(MetadataOptions(), version, "name", prediction_type="flow")
+    assert ours["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
+    assert ours["modelspec.implementation"] == "diffusers"
+    assert ours["modelspec.resolution"] == "1024x1024"
+    assert ours["modelspec.prediction_type"] == "epsilon"
+
+
+def test_a_model_trained_on_a_flow_says_how_timesteps_were_drawn_and_text_was_masked() -> None:
+    options = Options(
+        flow=FlowOptions(weighting_scheme="mode", mode_scale=0.8, training_shift=3.0),
+        sd3=Sd3Options(apply_t5_attn_mask=True),
+    )
+    run = run_facts(base_model_version="5-medium", extra=metadata.of_flow(options))
+    written = metadata.training_metadata(options, facts(), run)
+    assert {key: value for key, value in written.items() if key in metadata.of_flow(options)} == {
+        "ss_apply_lg_attn_mask": "False",
+        "ss_apply_t5_attn_mask": "True",
+        "ss_weighting_scheme": "mode",
+        "ss_logit_mean": "0.0",
+        "ss_logit_std": "1.0",
+        "ss_mode_scale": "0.8",
+        "ss_training_shift": "3.0",
+    }
+
+
+def test_other_models_have_no_keys_of_a_flow() -> None:
+    assert not set(metadata.FROM_OPTIONS_OF_FLOW) & set(metadata.training_metadata(Options(), facts(), run_facts()))
 
 
 def test_a_file_without_a_name_gets_a_title_with_the_time() -> None:

@@ -24,6 +24,7 @@ from library.options.reference import (  # noqa: E402
 )
 from library.options.values import Declared  # noqa: E402
 
+TITLES = {"sd3": "SD3", "deepspeed": "DeepSpeed"}
 DOCUMENT = ROOT / "docs" / "options.md"
 
 INTRODUCTION = """# Options of the training scripts
@@ -90,7 +91,7 @@ def render() -> str:
 
 def _table(title: str, text: str, options: Iterable[Declared]) -> str:
     heading = [
-        f"## {title[0].upper()}{title[1:]}",
+        f"## {TITLES.get(title, title.capitalize())}",
         "",
         text,
         "",

@@ -22,7 +22,8 @@ class CachingOptions:
     )
     cache_text_encoder_outputs: bool = option(
         False,
-        "Encode every caption once, before training, and let go of the text encoders. The U-Net alone is trained.",
+        "Encode every caption once, before training, and let go of the text encoders. The U-Net alone is trained; of "
+        "SD3 CLIP too, unless --network_train_unet_only is given.",
     )
     cache_text_encoder_outputs_to_disk: bool = option(
         False, "Keep the encoded captions in files, for later runs too. Includes --cache_text_encoder_outputs."

@@ -37,10 +37,10 @@ class Sd3Options:
         None, "T5-XXL text encoder to use instead of the base model's: a .safetensors file.", is_path=True
     )
     save_clip: bool = option(
-        False, "Save the CLIP text encoders too, as they are used, in files beside the trained network's."
+        False, "At the end save the CLIP text encoders too, with what they were taught, beside the network's file."
     )
     save_t5xxl: bool = option(
-        False, "Save the T5-XXL text encoder too, as it is used, in a file beside the trained network's."
+        False, "At the end save the T5-XXL text encoder too, with what it was taught, beside the network's file."
     )
     t5xxl_device: str | None = option(
         None, "Where T5-XXL computes: cpu, cuda or cuda:N. Unset: where everything else does."

@@ -10,9 +10,11 @@ from library.options.caching import CachingOptions
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
 from library.options.declare import declared
+from library.options.flow import FlowOptions
 from library.options.groups import build_all
 from library.options.logging import LoggingOptions
 from library.options.loss import LossOptions
+from library.options.masks import MaskOptions
 from library.options.model import ModelOptions
 from library.options.network import NetworkOptions
 from library.options.noise import NoiseOptions
@@ -20,11 +22,32 @@ from library.options.optimizer import OptimizerOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.schedule import ScheduleOptions
+from library.options.sd3 import Sd3Options
 from library.options.training import TrainingOptions
 
 WRONG = [
     (ModelOptions, {"clip_skip": 0}, "--clip_skip must be at least 1"),
     (ModelOptions, {"max_token_length": 100}, "--max_token_length must be one of 75, 150, 225; got 100"),
+    (Sd3Options, {"t5xxl_max_token_length": 0}, "--t5xxl_max_token_length must be at least 1 and at most 512"),
+    (Sd3Options, {"t5xxl_max_token_length": 1000}, "--t5xxl_max_token_length must be at least 1 and at most 512"),
+    (Sd3Options, {"t5xxl_dtype": "bf15"}, "--t5xxl_dtype must be one of"),
+    (Sd3Options, {"t5xxl_device": "gpu"}, "--t5xxl_device must be cpu, cuda or cuda:N, got gpu"),
+    (Sd3Options, {"clip_l_dropout_rate": 1.1}, "--clip_l_dropout_rate must be at least 0 and at most 1"),
+    (Sd3Options, {"clip_g_dropout_rate": -0.1}, "--clip_g_dropout_rate must be at least 0 and at most 1"),
+    (Sd3Options, {"t5_dropout_rate": 2.0}, "--t5_dropout_rate must be at least 0 and at most 1"),
+    (Sd3Options, {"pos_emb_random_crop_rate": 2.0}, "--pos_emb_random_crop_rate must be at least 0 and at most 1"),
+    (FlowOptions, {"weighting_scheme": "sigma"}, "--weighting_scheme must be one of"),
+    (FlowOptions, {"training_shift": 0.0}, "--training_shift must be above 0"),
+    (FlowOptions, {"logit_std": -1.0}, "--logit_std must be at least 0"),
+    (FlowOptions, {"mode_scale": 1.8}, "--mode_scale must be at least -1 and at most 1.75194"),
+    (FlowOptions, {"mode_scale": -1.1}, "--mode_scale must be at least -1 and at most 1.75194"),
+    (MaskOptions, {"mask_token_drop": -1}, "--mask_token_drop must be at least 0"),
+    (TrainingOptions, {"blocks_to_swap": -1}, "--blocks_to_swap must be at least 0"),
+    (
+        TrainingOptions,
+        {"blocks_to_swap": 8, "cpu_offload_checkpointing": True},
+        "--blocks_to_swap 8 cannot be with --cpu_offload_checkpointing",
+    ),
     (DatasetOptions, {"resolution": "large"}, "--resolution must be SIZE or WIDTH,HEIGHT"),
     (DatasetOptions, {"resolution": "512,"}, "--resolution must be SIZE or WIDTH,HEIGHT"),
     (DatasetOptions, {"train_batch_size": 0}, "--train_batch_size must be at least 1"),
@@ -161,3 +184,21 @@ def test_public_values_hold_no_secret_and_no_path():
 
 def test_a_vae_batch_of_no_image_is_one_of_one():
     assert CachingOptions(vae_batch_size=0).vae_batch_size == 1
+
+
+@pytest.mark.parametrize(("given", "settled"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float", "fp32")])
+def test_a_number_format_of_t5_has_one_name(given: str, settled: str):
+    assert Sd3Options(t5xxl_dtype=given).t5xxl_dtype == settled
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_t5_can_be_on_a_device_of_its_own(device: str):
+    assert Sd3Options(t5xxl_device=device).t5xxl_device == device
+
+
+def test_no_blocks_to_swap_is_the_same_as_none_given():
+    assert TrainingOptions(blocks_to_swap=0, cpu_offload_checkpointing=True).blocks_to_swap is None
+
+
+def test_a_reach_of_no_cells_is_a_reach():
+    assert MaskOptions(mask_token_drop=0).mask_token_drop == 0

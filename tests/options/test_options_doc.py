@@ -31,6 +31,10 @@ def test_what_a_script_cannot_carry_out_has_a_row():
     assert [row.split("`")[1] for row in rows] == ["--v2", "--clip_skip"]
 
 
+def test_the_group_of_sd3_has_its_name_in_capitals():
+    assert "\n## SD3\n" in render()
+
+
 def test_help_texts_are_sentences():
     texts = {name: option.help for name, option in all_declared().items()}
     assert {name: text for name, text in texts.items() if not text[0].isalpha() or not text.endswith(".")} == {}

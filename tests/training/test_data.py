@@ -58,3 +58,21 @@ def test_the_vae_takes_vae_batch_size_pictures_at_a_time_while_caching(size, bat
     encode = training_data.encoder(family, lambda: PARTS)
     training_data.cache(data, options.caching, "sd", encode, torch.float32, "vae", Accelerator(cpu=True))
     assert sorted(family.batches, reverse=True) == batches
+
+
+def test_leaving_tokens_out_without_any_mask_is_named(argv, caplog) -> None:
+    options = read_training([*argv, "--mask_token_drop", "4"], "sd3_train_network").options
+    training_data.read(options, 64)
+    assert [record.getMessage() for record in caplog.records] == [
+        "--mask_token_drop has no effect: none of the 5 images has a mask"
+    ]
+
+
+def test_leaving_tokens_out_goes_without_a_word_where_an_image_has_a_mask(argv, tmp_path, caplog) -> None:
+    pixels = np.full((64, 64, 4), 255, np.uint8)
+    pixels[:32, :, 3] = 0
+    for path in tmp_path.rglob("0.png"):
+        Image.fromarray(pixels).save(path)
+    options = read_training([*argv, "--mask_token_drop", "4", "--alpha_mask"], "sd3_train_network").options
+    training_data.read(options, 64)
+    assert "--mask_token_drop" not in caplog.text

@@ -3,8 +3,9 @@
 import random
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,47 @@ def test_samplers_differ() -> None:
 
 def test_the_prediction_type_counts() -> None:
     assert not np.array_equal(paint(CAT), paint(CAT, prediction_type="v_prediction"))
+
+
+@dataclass(frozen=True)
+class FlowSd(Sd):
+    """The tiny model, taken for one that predicts the velocity of a flow."""
+
+    prediction_type = "flow"
+
+    def predict(self, parts, noisy, timesteps, text, batch):
+        return super().predict(parts, noisy, timesteps, text, batch) + 0.1 * timesteps[:, None, None, None]
+
+
+def test_a_flow_is_painted_by_eulers_method_with_guidance() -> None:
+    family, prompt = FlowSd(), SamplePrompt("a cat", "a dog", 64, 64, 4, 3.0, seed=3)
+    painter = Painter(family, tiny(), CPU, Drawing(prediction_type="flow"))
+    with painter.ready():
+        painted = painter._denoise(prompt, "ddim", torch.Generator().manual_seed(3))
+        latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3))
+        text = family.encode_text(tiny(), family.tokenize(["a dog", "a cat"]))
+        scheduler = build_scheduler("ddim", "flow")
+        scheduler.set_timesteps(4)
+        timesteps = [*scheduler.timesteps, torch.tensor(0.0)]
+        for here, there in pairwise(timesteps):
+            away, towards = family.predict(tiny(), latents.expand(2, -1, -1, -1), here.expand(2), text, None).chunk(2)
+            latents = latents + (there - here) / 1000 * (away + 3.0 * (towards - away))
+    torch.testing.assert_close(painted, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sampler_of_a_prompt_for_a_flow_is_told_to_be_idle_once(tmp_path: Path, caplog) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat --ss euler\na dog --ss heun\na cow", encoding="utf-8")
+    sampling = SamplingOptions(sample_prompts=str(prompts), sample_at_first=True)
+    for prediction_type in ("epsilon", "flow"):
+        drawing = Drawing(prediction_type=prediction_type)
+        Sampler.from_options(check(sampling), sampling, SavingOptions(), Sd(), tiny(), CPU, drawing=drawing)
+    assert len(caplog.records) == 1
+    assert "--ss" in caplog.text
+
+
+def test_the_family_says_what_is_predicted() -> None:
+    assert [Sd().prediction_type, Sd(v_parameterization=True).prediction_type] == ["epsilon", "v_prediction"]
 
 
 def test_half_precision_gives_nearly_the_same_picture() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -117,3 +118,45 @@ def test_aliases_are_known(alias: str, name: str) -> None:
 def test_an_unknown_sampler_is_refused_with_the_choices() -> None:
     with pytest.raises(OptionError, match=r"--sample_sampler: unknown sampler dimm\. Did you mean ddim\? Samplers: "):
         check_sampler("dimm")
+
+
+# ---- flow ----------------------------------------------------------------------------------------------------------
+def euler_places(steps: int) -> list[float]:
+    """Return the shares of noise from 1 to 0 that SD3's own sampler goes through, worked out here."""
+
+    def shifted(sigma: float) -> float:
+        return 3 * sigma / (1 + 2 * sigma)
+
+    last = shifted(1 / 1000)
+    return [shifted(1 + (last - 1) * number / (steps - 1)) for number in range(steps)] + [0.0]
+
+
+def test_a_flow_goes_through_the_timesteps_of_sd3s_own_sampler() -> None:
+    scheduler = build_scheduler("ddim", "flow")
+    scheduler.set_timesteps(7)
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor(euler_places(7)[:-1]) * 1000)
+
+
+def test_a_flow_is_followed_by_eulers_method() -> None:
+    def velocity(noisy: Tensor, sigma: float) -> Tensor:
+        return noisy * sigma - 0.5 * noisy**2
+
+    scheduler = build_scheduler("euler_a", "flow")
+    scheduler.set_timesteps(5)
+    noisy = expected = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(1)) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        output = velocity(scheduler.scale_model_input(noisy, timestep), float(timestep) / 1000)
+        noisy = scheduler.step(output, timestep, noisy, return_dict=False)[0]
+    places = euler_places(5)
+    for here, there in pairwise(places):
+        expected = expected + (there - here) * velocity(expected, here)
+    torch.testing.assert_close(noisy, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flow_whose_velocity_is_known_ends_in_the_picture() -> None:
+    scheduler = build_scheduler("ddim", "flow")
+    scheduler.set_timesteps(4)
+    start = noisy = torch.randn(PICTURE.shape, generator=torch.Generator().manual_seed(0))
+    for timestep in scheduler.timesteps:
+        noisy = scheduler.step(start - PICTURE, timestep, noisy)[0]
+    torch.testing.assert_close(noisy, PICTURE, rtol=0, atol=1e-5)
