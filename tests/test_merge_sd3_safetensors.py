@@ -112,14 +112,18 @@ def test_names_without_their_text_model_level_get_it(out, tmp_path) -> None:
     assert {n for n in found if "text_encoders" in n} == {f"text_encoders.clip_l.transformer.{name}" for name in clip}
 
 
-def test_float8_weights_with_factors_are_copied_but_not_cast(out, tmp_path, capsys) -> None:
+def test_factors_of_float8_weights_are_copied_or_worked_in(out, tmp_path) -> None:
     t5 = load_file(tiny_sd3_apart(KIND) / "t5xxl.safetensors")
-    factor = "encoder.block.0.layer.0.SelfAttention.q.scale_weight"
-    save_file({**t5, factor: torch.tensor(2.0)}, tmp_path / "t5.safetensors")
-    dit = tiny_sd3_apart(KIND) / "model.safetensors"
-    argv = ["--dit", dit, "--t5xxl", tmp_path / "t5.safetensors", "--save_precision", "fp16"]
-    assert "Leave out --save_precision" in refusal(capsys, out, *argv)
-    assert f"text_encoders.t5xxl.transformer.{factor}" in pack(out, "--t5xxl", tmp_path / "t5.safetensors")
+    layer = "encoder.block.0.layer.0.SelfAttention.q."
+    scaled = {**t5, f"{layer}weight": (t5[f"{layer}weight"] * 8).to(torch.float8_e4m3fn)}
+    save_file({**scaled, f"{layer}scale_weight": torch.tensor(0.125)}, tmp_path / "t5.safetensors")
+    prefix = f"text_encoders.t5xxl.transformer.{layer}"
+    copied = pack(out, "--t5xxl", tmp_path / "t5.safetensors")
+    assert copied[f"{prefix}weight"].dtype == torch.float8_e4m3fn
+    assert float(copied[f"{prefix}scale_weight"]) == 0.125
+    cast = pack(out, "--t5xxl", tmp_path / "t5.safetensors", "--save_precision", "float")
+    assert f"{prefix}scale_weight" not in cast
+    assert torch.equal(cast[f"{prefix}weight"], scaled[f"{layer}weight"].float() / 8)
 
 
 def test_the_device_is_said_to_have_no_effect(out, caplog) -> None:

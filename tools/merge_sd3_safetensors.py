@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,18 +80,15 @@ def pack(options: PackOptions) -> None:
         log.warning("--device has no effect: tensors are copied, nothing is computed")
 
     from library.models.checkpoint import open_tensors
+    from library.models.scaled_weights import Unscaled
     from networks import files, streaming
-    from networks.into_sd3 import FACTORS
 
-    parts = {name: open_tensors(path) for name, path in paths.items()}
-    tensors = collected(parts)
     dtype = command_line.dtype_of(options.save_precision)
-    scaled = next((name for name in tensors if name.endswith(FACTORS)), None)
-    if dtype is not None and scaled is not None:
-        raise CheckpointError(
-            f"{tensors[scaled].file.path}: holds float8 weights with factors of their own ({scaled}), which cannot be "
-            "written in another format. Leave out --save_precision."
-        )
+    # In another format weights need no factors any more, which some float8 files hold beside them.
+    opened: Callable[[Path], TensorSource] = (
+        open_tensors if dtype is None else lambda path: Unscaled(open_tensors(path))
+    )
+    tensors = collected({name: opened(path) for name, path in paths.items()})
 
     def make(name: str) -> torch.Tensor:
         stored = tensors[name]
