@@ -331,6 +331,18 @@ def test_a_step_copies_each_swapped_block_once_up_and_once_down(is_checkpointed)
         assert fetched(made, lambda: made.loss(1).backward()) == [2, 3, 4, 2, 1, 0]
 
 
+def test_a_slot_is_filled_again_as_soon_as_its_block_is_over():
+    made = make(3)  # blocks 0, 2, 3, 5 and 6 take turns
+    swap = made.toy.swap
+    assert spread(5, DEPTH) == (0, 2, 3, 5, 6)
+    assert fetched(made, lambda: swap.enter(0)) == []
+    assert fetched(made, lambda: swap.leave(0)) == [2]
+    assert fetched(made, lambda: made.loss(1)) == [0, 2, 3, 4]
+    assert fetched(made, lambda: swap.enter_backward(6)) == []
+    assert fetched(made, lambda: swap.enter_backward(5)) == [2]  # block 6 is over
+    assert fetched(made, lambda: swap.enter_backward(4)) == [1]  # block 5 is over, and block 4 stays where it is
+
+
 def test_a_pass_without_gradient_leaves_the_first_blocks_ready_for_the_next_one():
     made = make(3)
 
