@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from library.errors import OptionError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -65,9 +67,11 @@ def kept_tokens(masks: Tensor, reach: int, patch: int = 2, multiple: int = 64) -
     Args:
         masks: (B, 1, h, w) in [0, 1], on the CPU.
         reach: latent cells, at least 0.
-        patch: latent cells a side that one token stands for; h and w are multiples of it.
+        patch: latent cells a side that one token stands for.
         multiple: of which the number of tokens is one, so that there are few shapes; or it is that of all tokens.
     Returns: (B, K) int64, each row rising, tokens counted row by row; None if all are kept.
+
+    Raises: OptionError for pictures that do not divide into tokens.
     """
     import torch
 
@@ -86,7 +90,11 @@ def _token_distances(mask: npt.NDArray[np.float32], patch: int) -> npt.NDArray[n
     import cv2
 
     height, width = mask.shape
-    assert (height % patch, width % patch) == (0, 0), f"{width}x{height} latent cells have no whole tokens"
+    if height % patch or width % patch:
+        raise OptionError(
+            f"--mask_token_drop: {width * CELL}x{height * CELL} pixels do not divide into tokens of {patch * CELL}. "
+            f"Choose a resolution of multiples of {patch * CELL}."
+        )
     is_black = (mask <= 0).astype(np.uint8)
     cells: npt.NDArray[np.float32] = np.full(mask.shape, np.inf, dtype=np.float32)
     if not is_black.all():

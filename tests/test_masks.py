@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from library.dataset.geometry import Transform, apply, resize
+from library.errors import OptionError
 from library.masks import FULL, kept_tokens, shrink, to_array, to_weights, weigh
 
 DATA = Path(__file__).parent / "data" / "masks"
@@ -219,6 +220,11 @@ def test_a_white_mask_leaves_nothing_out():
 def test_the_least_weight_that_a_mask_can_have_is_near():
     masks = to_weights(np.array([[1, 0, 0, 0], [0, 0, 0, 0]], dtype=np.uint16))[None]
     assert kept_tokens(masks, 0, multiple=1).tolist() == [[0]]
+
+
+def test_a_picture_that_does_not_divide_into_tokens_is_refused():
+    with pytest.raises(OptionError, match=r"24x16 pixels do not divide into tokens of 16\. Choose a resolution"):
+        kept_tokens(masks_of("000 000"), 0)
 
 
 def test_masks_can_be_read_without_torch():
