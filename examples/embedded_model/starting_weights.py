@@ -24,6 +24,7 @@ LIFT = 6.0  # where SiLU is straight: its slope there is 1.012, its value 5.985
 SILU_VALUE, SILU_SLOPE = 5.98516, 1.01228
 LOG_VARIANCE = -8.0  # of the VAE's latents: a draw is 0.02 from its mean
 # latent = MIX @ (red, green, blue): brightness, red against blue, green against both, and a blend. About SD's scale.
+SD_SCALE = 0.18215  # that MIX is meant for
 MIX = ((3.6, 3.6, 3.6), (11.0, 0.0, -11.0), (-7.0, 14.0, -7.0), (0.0, 4.0, 4.0))
 UNET_RANDOM = 0.3  # what is left of the random part of the U-Net's output
 
@@ -31,7 +32,8 @@ UNET_RANDOM = 0.3  # what is left of the random part of the U-Net's output
 @torch.no_grad()
 def shape_vae(vae: Any) -> None:
     """Make a VAE (diffusers' AutoencoderKL) average 8x8 pixels into a latent cell and paint the cell back."""
-    mix = torch.tensor(MIX)
+    mix = torch.zeros(vae.config.latent_channels, 3)  # what channels there are beyond the four stay 0
+    mix[: len(MIX)] = torch.tensor(MIX) * (SD_SCALE / vae.config.scaling_factor)
     encoder, decoder = vae.encoder, vae.decoder
     carriers = range(GROUP * 3)
     _start_carrying(encoder.conv_in, torch.eye(3))
@@ -47,8 +49,8 @@ def shape_vae(vae: Any) -> None:
             _set_taps(sampler.conv, carriers, slice(1, 2), 1.0)
     _stop_carrying(encoder.conv_out, torch.cat([mix, torch.zeros_like(mix)]), keep_others=0.0)
     _stop_carrying(decoder.conv_out, torch.eye(3), keep_others=0.0)
-    encoder.conv_out.bias[len(MIX) :] = LOG_VARIANCE
-    for conv in (vae.quant_conv, vae.post_quant_conv):
+    encoder.conv_out.bias[len(mix) :] = LOG_VARIANCE
+    for conv in filter(None, (vae.quant_conv, vae.post_quant_conv)):  # SD3's has neither
         conv.weight.copy_(torch.eye(conv.out_channels)[:, :, None, None])
         conv.bias.zero_()
 

@@ -135,7 +135,8 @@ def carry_out(setting: Setting) -> bool:
         model = options.model.pretrained_model_name_or_path or ""
         raise LossError(diagnosis.explained(str(error), loaded.parts, model, checked.precision.mixed)) from None
     if is_complete and accelerator.is_main_process:
-        saved_texts.save(options, setting.family, loaded.parts, run.saver.final_path())
+        dtype = saving.save_dtype(options.saving.save_precision) or checked.precision.frozen
+        saved_texts.save(options, setting.family, loaded.parts.denoiser, run.saver.final_path(), dtype)
     reporter.write(run, is_complete=is_complete)
     accelerator.wait_for_everyone()  # the first process may still be writing
     return is_complete

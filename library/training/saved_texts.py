@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from library.errors import OptionError
 from library.models.family import Parts
-from library.training.saving import save_dtype, saved_file
+from library.training.saving import saved_file
 from networks.lora_file import open_adapter
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def check(options: Options, family: ModelFamily) -> None:
 
 
 @torch.no_grad()
-def save(options: Options, family: ModelFamily, parts: Parts, trained: Path) -> list[Path]:
+def save(
+    options: Options, family: ModelFamily, denoiser: nn.Module, trained: Path, dtype: torch.dtype
+) -> list[Path]:
     """Return the files of the text encoders that the family is to save, none where it is to save none.
 
     The text encoders are loaded anew, so that it does not matter where those of the run are, or whether they are still
@@ -44,18 +47,19 @@ def save(options: Options, family: ModelFamily, parts: Parts, trained: Path) -> 
     Args:
         options: what the run was asked to do.
         family: loads the text encoders and names their tensors.
-        parts: of the run; its text encoders are not looked at.
+        denoiser: of the run.
         trained: the network's file; those of the text encoders stand beside it.
+        dtype: of what is written.
 
     Raises: UserError when the disk is full.
     """
     if not family.saved_texts:
         return []
     checkpoint = options.model.pretrained_model_name_or_path or ""
-    text_encoders = family.load_text_encoders(checkpoint, save_dtype(options.saving.save_precision) or torch.float32)
+    text_encoders = family.load_text_encoders(checkpoint, dtype)
     targets = {
         target.name: target.module
-        for target in family.lora_targets(Parts(parts.denoiser, text_encoders, None))
+        for target in family.lora_targets(Parts(denoiser, text_encoders, None))
         if target.group == "text_encoder"
     }
     for file, multiplier in _merged(options, trained):

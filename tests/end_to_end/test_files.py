@@ -57,6 +57,8 @@ def test_weights_are_saved_as_trained_unless_told_otherwise(plain_run: Trained, 
 @pytest.mark.filterwarnings("ignore")  # of peft and diffusers
 def test_diffusers_gives_our_own_forward_with_the_file_of_a_run(plain_run: Trained, family: Family):
     """Text encoders and U-Net, each to 1e-5."""
+    if family.script == "sd3_train_network":
+        pytest.skip("diffusers does not read LoRA files of this layout for SD3")
     made, parts = family.load()
     tokens = made.tokenize(["a cat on a mat"])
     noisy, timesteps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([400])
@@ -104,7 +106,9 @@ def outputs_of_diffusers(pipeline, caption: str, noisy: torch.Tensor, timesteps:
 # ---- metadata --------------------------------------------------------------------------------------------------
 
 
-def test_the_metadata_has_the_references_keys(plain_run: Trained):
+def test_the_metadata_has_the_references_keys(plain_run: Trained, family: Family):
+    if family.script == "sd3_train_network":
+        pytest.skip("the reference's run is of SD 1.5")
     expected = json.loads((DATA / "metadata" / "sd15_run.json").read_text())
     assert set(plain_run.metadata) == set(expected)
 

@@ -46,6 +46,7 @@ class Family:
     text_groups: tuple[str, ...] = ("te",)  # how names of text encoders' modules begin after lora_
     text_prefix: str = "cond_stage_model"  # of a text encoder in a checkpoint
     idle: tuple[str, ...] = ()  # options that other families have, and this one warns about
+    refused: tuple[str, ...] = ()  # options that other families have, and this one cannot carry out
     right: tuple[str, ...] = ()  # cases of test_wrong_input.py that are no mistakes with this family
     lacks: str = "$^"  # a pattern for the keys of modules that the tiny checkpoint has fewer of than the true one
     switches: tuple[str, ...] = ()  # options that say which model of the family it is
@@ -117,9 +118,11 @@ SD35M = Family(
     last_layers=("lora_te1_text_model_encoder_layers_2_", "lora_te1_text_model_encoder_layers_1_"),
     text_groups=("te1", "te2"),
     text_prefix="text_encoders.clip_l",
-    idle=("--clip_skip",),
-    right=("checkpoint of SDXL", "network of SDXL", "layers that are not there"),
-    lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|joint_blocks_([4-9]|\d\d)_",
+    idle=("--clip_skip", "--max_token_length"),
+    refused=("--weighted_captions",),
+    right=("checkpoint of SD 3", "layers that are not there"),
+    lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|joint_blocks_([4-9]|\d\d)_"
+    r"|joint_blocks_[23]_x_block_attn2|joint_blocks_3_context_block_(attn_proj|mlp)",
 )
 SD3M = replace(
     SD35M,
