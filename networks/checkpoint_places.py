@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from library.errors import CheckpointError
+from library.models import mmdit
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix
 from library.models.clip import OPENCLIP_LAYERS
 from library.models.layout import clip as clip_layout
-from library.models.layout import lora_names
+from library.models.layout import lora_names, mmdit_lora
+from library.models.layout import mmdit as mmdit_layout
 from library.models.layout import unet as unet_layout
+from library.models.sd3_files import CLIP
+from library.models.sd3_files import SIGNS as TEXT_SIGNS
+from library.models.sd3_text import ENCODERS
 
 PROJECTIONS = (".proj_in", ".proj_out")  # Linear in some files and 1x1 convolutions in others
 OPTIONAL = ".conv_shortcut"  # a resnet that keeps its width has none
@@ -61,10 +66,15 @@ SDXL = Kind(
     ),
     needs_text=True,
 )
-KINDS = {kind.version: kind for kind in (SD1, SD2, SDXL)}
+# Its version is one of three, see `sd3_version`; its text encoders are in it or not, under names of several kinds.
+SD3 = Kind("sd3", "a Stable Diffusion 3 model", lora_names.SD3, ())
+KINDS = {kind.version: kind for kind in (SD1, SD2, SDXL, SD3)}
+EMBEDDED = "text_encoders."  # in a single file, before the encoder's name
+SD3_TEXT = {name: f"lora_te{index}_" for index, name in enumerate(ENCODERS, 1)}  # how names in its LoRA files start
 SIGNS = (  # (a part of a tensor's name, what such a file is); the first that is there decides
-    ("joint_blocks.", "a Stable Diffusion 3 model"),
     (".lora_down.weight", "a LoRA file, where a whole model is needed"),
+    ("transformer_blocks.0.attn.add_q_proj.", "a part of a diffusers folder, where a single file is needed"),
+    ("joint_blocks.", SD3),
     ("conditioner.embedders.0.model.", "an SDXL refiner"),
     ("conditioner.embedders.", SDXL),
     (clip_layout.SD2_PREFIX, SD2),
@@ -107,6 +117,9 @@ def places(file: TensorSource, kind: Kind, advice: Mapping[str, str] | None = No
     Raises: CheckpointError where it is of another kind, or incomplete.
     """
     _check(file, kind, advice or {})
+    if kind is SD3:
+        texts = [sd3_text_places(file, encoder, f"{EMBEDDED}{encoder}.") for encoder in ENCODERS]
+        return {name: place for each in (*texts, dict(_mmdit_places(file))) for name, place in each.items()}
     found: dict[str, Place] = {}
     for encoder in kind.text_encoders:
         found |= _text_places(file, encoder, is_needed=kind.needs_text)
@@ -117,7 +130,12 @@ def _check(file: TensorSource, kind: Kind, advice: Mapping[str, str]) -> None:
     found = next((sign for part, sign in SIGNS if any(part in name for name in file.shapes)), None)
     if isinstance(found, str):
         raise CheckpointError(f"{file.path}: is {found}.")
-    if not has_prefix(file, unet_layout.PREFIX):
+    if kind is SD3 and found is None:
+        raise CheckpointError(
+            f"{file.path}: holds no MMDiT (no tensor starts with {mmdit_layout.PREFIX}joint_blocks. or joint_blocks.). "
+            "Give the file of an SD3 or SD3.5 model."
+        )
+    if found is not SD3 and not has_prefix(file, unet_layout.PREFIX):
         what = found.title if found else "a Stable Diffusion checkpoint"
         raise CheckpointError(
             f"{file.path}: holds no U-Net (no tensor starts with {unet_layout.PREFIX}). Give a whole file of {what}."
@@ -176,6 +194,68 @@ def _unet_places(file: TensorSource, kind: Kind) -> Iterator[tuple[str, Place]]:
             name = f"{lora_names.UNET}{entry.path.replace('.', '_')}"
             is_projection = entry.path.endswith(PROJECTIONS)
             yield name, Place(unet_layout.PREFIX + found, shapes[found], entry.kind, is_projection=is_projection)
+
+
+def mmdit_tensors(file: TensorSource) -> tuple[str, TensorSource]:
+    """Return the prefix of the MMDiT's tensors in an SD3 model's file, "" for none, and those tensors without it."""
+    prefix = mmdit_layout.PREFIX if has_prefix(file, f"{mmdit_layout.PREFIX}joint_blocks.") else ""
+    return prefix, Prefixed(file, prefix)
+
+
+def sd3_version(file: TensorSource) -> str:
+    """Return which of SD3's models a file is, as ss_base_model_version says it. Raises: CheckpointError."""
+    return mmdit.shape_of(mmdit_tensors(file)[1].shapes, str(file.path)).name
+
+
+def _mmdit_places(file: TensorSource) -> Iterator[tuple[str, Place]]:
+    prefix, tensors = mmdit_tensors(file)
+    depth = mmdit.shape_of(tensors.shapes, str(file.path)).depth
+    for entry in mmdit_lora.lora_paths(depth):
+        key = f"{entry.path}.weight"
+        if key in tensors.shapes:
+            yield (
+                f"{lora_names.UNET}{entry.path.replace('.', '_')}",
+                Place(prefix + key, tensors.shapes[key], entry.kind),
+            )
+        elif entry.path.endswith("attn.qkv") or entry.kind == mmdit_lora.EMBEDDING:
+            raise _incomplete(file, prefix + key)
+
+
+def sd3_text_places(file: TensorSource, encoder: str, start: str = "") -> dict[str, Place]:
+    """Return the weights of one of SD3's text encoders that a LoRA can adapt, none where the file does not hold it.
+
+    Args:
+        file: a single file of the model, or the encoder's own.
+        encoder: of ENCODERS.
+        start: of the names of its tensors, as far as it is certain.
+
+    Raises: CheckpointError where it is incomplete.
+    """
+    found = _text_prefix(file, encoder, start)
+    if found is None:
+        return {}
+    prefix, nested = found
+    shapes = Prefixed(file, prefix).shapes
+    if encoder in CLIP:
+        paths = clip_layout.lora_paths(mmdit_layout.depth_of(shapes, f"{nested}encoder.layers."))
+        names = {f"text_model_{path.replace('.', '_')}": f"{nested}{path}.weight" for path in paths}
+    else:
+        paths = mmdit_lora.t5_lora_paths(mmdit_layout.depth_of(shapes, "encoder.block."))
+        names = {path.replace(".", "_"): f"{path}.weight" for path in paths}
+    for key in names.values():
+        if key not in shapes:
+            raise _incomplete(file, prefix + key)
+    return {SD3_TEXT[encoder] + name: Place(prefix + key, shapes[key], "text_encoder") for name, key in names.items()}
+
+
+def _text_prefix(file: TensorSource, encoder: str, start: str) -> tuple[str, str] | None:
+    """Return what comes before an encoder's names, and the level that CLIP's may have beneath it."""
+    for sign in TEXT_SIGNS[encoder]:
+        for name in file.shapes:
+            if name.startswith(start) and name.endswith(sign):
+                nested = clip_layout.NESTED if sign.startswith(clip_layout.NESTED) else ""
+                return name.removesuffix(sign), nested
+    return None
 
 
 def _incomplete(file: TensorSource, key: str) -> CheckpointError:

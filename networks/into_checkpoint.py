@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from library.models.layout import lora_names
 from library.whole_file import whole_file
 from networks import files, streaming
 from networks.block_weights import BlockWeights
-from networks.checkpoint_places import SD2, SDXL, Kind, Place, places
+from networks.checkpoint_places import SD2, SD3, SDXL, Kind, Place, places, sd3_version
 from networks.files import StoredModule
 from networks.lora_file import AdapterFile, merged_from, modelspec_of
 from networks.rotation import StoredRotation
@@ -77,28 +77,53 @@ def plan(file: TensorSource, target: Target, shares: Sequence[Share]) -> dict[st
     Raises: CheckpointError where a LoRA is for another model.
     """
     found = places(file, target.kind, target.advice)
-    additions: dict[str, list[Addition]] = {}
+    check_modules(shares, target.kind, file.path, found)
+    return assigned(shares, found)
+
+
+def check_modules(shares: Sequence[Share], kind: Kind, model: Path, known: Container[str]) -> None:
+    """Name the modules of files that a model does not have in a warning.
+
+    Args:
+        shares: the files.
+        kind: of the model.
+        model: its file, for messages.
+        known: the names of its modules.
+
+    Raises: CheckpointError where a file is for another model.
+    """
     for share in shares:
         lora = share.lora
         family = lora_names.family_of(lora.modules)
-        if family not in {target.kind.lora_family, None}:
+        if family not in {kind.lora_family, None}:
             raise CheckpointError(
-                f"{lora.path}: is for {lora_names.TITLES[str(family)]}, and {file.path} is {target.kind.title}. "
+                f"{lora.path}: is for {lora_names.TITLES[str(family)]}, and {model} is {kind.title}. "
                 "Give a file for that model."
             )
-        surplus = [name for name in lora.modules if name not in found]
+        surplus = [name for name in lora.modules if name not in known]
         if len(surplus) == len(lora.modules):
             raise CheckpointError(
-                f"{lora.path}: none of its modules belongs to {file.path} (it has {surplus[0]}). "
-                "Is it for another model?"
+                f"{lora.path}: none of its modules belongs to {model} (it has {surplus[0]}). Is it for another model?"
             )
         files.warn_of_names(lora.path, "modules that the model does not have, left out", surplus)
-        for name, module in lora.modules.items():
-            if name not in found:
-                continue
-            place = found[name]
-            _check_shape(lora.path, name, module, place)
-            additions.setdefault(place.key, []).append(Addition(place, module, share.ratio_of(name)))
+
+
+def assigned(shares: Sequence[Share], found: Mapping[str, Place]) -> dict[str, list[Addition]]:
+    """Return what is to be added to each tensor of a file, in the order of the shares.
+
+    Args:
+        shares: modules that are not found are passed over.
+        found: where the weights stand in the file, by module.
+
+    Raises: CheckpointError where a module does not fit its weight.
+    """
+    additions: dict[str, list[Addition]] = {}
+    for share in shares:
+        for name, module in share.lora.modules.items():
+            if name in found:
+                place = found[name]
+                _check_shape(share.lora.path, name, module, place)
+                additions.setdefault(place.key, []).append(Addition(place, module, share.ratio_of(name)))
     return additions
 
 
@@ -141,9 +166,26 @@ def merge(target: Target, shares: Sequence[Share], output: Output) -> None:
 
     Raises: CheckpointError.
     """
-    model = target.path
-    file = open_tensors(model)
+    file = open_tensors(target.path)
     additions = plan(file, target, shares)
+    header = header_for(file, target.kind, shares, output.path) if output.with_metadata else {}
+    write(file, additions, output, header)
+
+
+def write(
+    file: TensorSource, additions: Mapping[str, Sequence[Addition]], output: Output, header: Mapping[str, str]
+) -> None:
+    """Write a file with additions to its tensors, tensor by tensor; those without any are kept.
+
+    Args:
+        file: what is added to.
+        additions: by tensor.
+        output: the file to write, and its number formats.
+        header: metadata, none where output wants none; torch's own format does not hold it.
+
+    Raises: CheckpointError where numbers do not fit the format, or it cannot be written.
+    """
+    model = file.path
     log.info("%s: %d of %d tensors change", model, len(additions), len(file.shapes))
 
     def make(name: str) -> Tensor:
@@ -163,7 +205,6 @@ def merge(target: Target, shares: Sequence[Share], output: Output) -> None:
         return merged
 
     if output.path.suffix == ".safetensors":
-        header = header_for(file, target.kind, shares, output.path) if output.with_metadata else {}
         streaming.write(output.path, _layout(file, output.saved), make, header, "merge")
     else:
         _write_pickled(output.path, {name: make(name) for name in file.shapes})
@@ -197,7 +238,7 @@ def header_for(file: TensorSource, kind: Kind, shares: Sequence[Share], save_to:
     if says is None and kind is SD2:
         log.warning("%s does not say how it predicts; the merged file is labelled as v-prediction", file.path)
     is_v = says == "v" if says else kind is SD2 or V_PREDICTION in file.shapes
-    version = kind.version + ("_v" if is_v and kind is not SDXL else "")
+    version = sd3_version(file) if kind is SD3 else kind.version + ("_v" if is_v and kind is not SDXL else "")
     titles = merged_from([(file.path, own), *((share.lora.path, share.lora.metadata) for share in shares)])
     prediction = "v_prediction" if is_v else "epsilon"
     return modelspec_of(version, save_to, titles, is_lora=False, prediction=prediction)

@@ -138,7 +138,8 @@ def merged_header(
         path: of the new file, its title.
         with_modelspec: False: only what a reader needs.
     """
-    header = {"ss_network_module": "networks.lora", **sizes(modules.values())}
+    is_sd3 = lora_names.family_of(modules) == lora_names.SD3
+    header = {"ss_network_module": "networks.lora_sd3" if is_sd3 else "networks.lora", **sizes(modules.values())}
     for key in ("ss_v2", "ss_base_model_version"):
         values = [source.metadata[key] for source in sources if key in source.metadata]
         if len(set(values)) > 1:

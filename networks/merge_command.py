@@ -1,14 +1,19 @@
-"""What merge_lora.py and sdxl_merge_lora.py share: their options, and the merge that follows from them."""
+"""What merge_lora.py, sdxl_merge_lora.py and sd3_merge_lora.py share: their options, and the merge that follows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.errors import OptionError
 from library.options.declare import check_values, option
 from networks import command_line
 from networks.block_weights import BlockWeights, check_family
+
+if TYPE_CHECKING:
+    from networks.lora_file import LoraFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +67,9 @@ def merge(
     save_to = command_line.check_output(options.save_to)
     model = command_line.check_input(options.sd_model, "--sd_model") if options.sd_model is not None else None
 
-    from networks import combining, into_checkpoint
+    from networks import into_checkpoint
     from networks.checkpoint_places import KINDS
-    from networks.lora_file import merged_header, open_adapter, open_lora, write_lora
+    from networks.lora_file import open_adapter, open_lora
 
     work_dtype = command_line.dtype_of(options.precision)
     saved = command_line.dtype_of(options.save_precision) or work_dtype
@@ -83,8 +88,28 @@ def merge(
     loras = [open_lora(path, work_dtype) for path, _ in given]
     for lora in loras:
         check_family(own_weights, list(lora.modules), lora.path)
-    parts = [(lora, ratio, own) for lora, (_, ratio), own in zip(loras, given, own_weights, strict=True)]
+    merge_with_each_other(options, loras, own_weights, save_to)
+
+
+def merge_with_each_other(
+    options: MergeBasics, loras: Sequence[LoraFile], weights: Sequence[BlockWeights | None], save_to: Path
+) -> None:
+    """Merge LoRA files with each other, and write the result.
+
+    Args:
+        options: their ratios and how they are merged.
+        loras: the files, in the options' format.
+        weights: of the blocks, for each of them.
+        save_to: the file to write.
+
+    Raises: UserError.
+    """
+    from networks import combining
+    from networks.lora_file import merged_header, write_lora
+
+    work_dtype = command_line.dtype_of(options.precision)
+    parts = list(zip(loras, options.ratios or (), weights, strict=True))
     modules = combining.merge(combining.terms_of(parts), concat=options.concat, shuffle=options.shuffle)
     modules = combining.rounded(modules, work_dtype)
     header = merged_header(modules, loras, save_to, with_modelspec=not options.no_metadata)
-    write_lora(save_to, modules, saved, header)
+    write_lora(save_to, modules, command_line.dtype_of(options.save_precision) or work_dtype, header)

@@ -24,6 +24,7 @@ ADVICE = {  # by what the model is, if it is not what the options say
     "sd_v1": "Leave out --v2.",
     "sd_v2": "Add --v2.",
     "sdxl_base_v1-0": "Merge into it with networks/sdxl_merge_lora.py.",
+    "sd3": "Merge into it with networks/sd3_merge_lora.py.",
 }
 
 

@@ -24,6 +24,7 @@ from networks.block_weights import HELP, read_lists  # noqa: E402
 ADVICE = {  # by what the model is, if it is no SDXL model
     "sd_v1": "Merge into it with networks/merge_lora.py.",
     "sd_v2": "Merge into it with networks/merge_lora.py --v2.",
+    "sd3": "Merge into it with networks/sd3_merge_lora.py.",
 }
 
 

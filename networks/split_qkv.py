@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from library.errors import CheckpointError
 from library.models.family import LoraTarget
 from networks import merging
-from networks.files import ALPHA
+from networks.files import ALPHA, StoredModule
 from networks.layers import Dropout, LayerMaker, LoraLayer
 
 log = logging.getLogger(__name__)
@@ -131,3 +131,19 @@ def with_trained_strength(
     names = {layer.target.name + ALPHA for layer in layers if isinstance(layer, SplitQkvLayer)}
     log.info("%s: its split qkv are stored at a third of the strength that they were trained with; restored", origin)
     return {name: tensor * PARTS if name in names else tensor for name, tensor in tensors.items()}
+
+
+def warn_of_weak(modules: Mapping[str, StoredModule], origin: object) -> None:
+    """Log a warning where a file's split qkv are a third as strong as they were trained, as sd-scripts writes them."""
+    for name, module in modules.items():
+        beside = modules.get(name.removesuffix("qkv") + "proj")
+        if not _QKV.fullmatch(name) or beside is None or module.rank != PARTS * beside.rank:
+            continue
+        if math.isclose(module.alpha, beside.alpha, rel_tol=_SAME) and parted(module.up) is not None:
+            log.warning(
+                "%s: sd-scripts wrote it with split_qkv, so its query, key and value (%s) act with a third of the "
+                "strength that they were trained with. They are taken as they are, as every reader does",
+                origin,
+                name,
+            )
+            return

@@ -25,6 +25,11 @@ TEXTS = {
 }
 
 
+def always(family: Family) -> set[str]:
+    """Return the keys that each file of the family's script has."""
+    return {*LIST["always"], *LIST["always_of"].get(family.script, ())}
+
+
 @pytest.fixture(scope="module")
 def every_option(family: Family, pictures, tmp_path_factory) -> Trained:
     """A step of a run with every option that adds a key."""
@@ -39,27 +44,20 @@ def every_option(family: Family, pictures, tmp_path_factory) -> Trained:
     return Trained(folder, tuple(argv))
 
 
-@pytest.fixture(scope="module")
-def always(family: Family) -> set[str]:
-    """The keys of every file."""
-    return {*LIST["always"], *LIST["of_script"][family.script]}
+def test_a_plain_run_has_the_keys_that_are_always_there(family: Family, plain_run: Trained) -> None:
+    assert set(plain_run.metadata) == {*always(family), *LIST["with_dataset_config"]}
 
 
-def test_a_plain_run_has_the_keys_that_are_always_there(plain_run: Trained, always) -> None:
-    assert set(plain_run.metadata) == {*always, *LIST["with_dataset_config"]}
+def test_a_run_with_every_option_has_every_key(family: Family, every_option: Trained) -> None:
+    added = {key for keys in LIST["with_option"].values() for key in keys}
+    assert set(every_option.metadata) == {*always(family), *LIST["with_dataset_config"], *added}
 
 
-def test_a_run_with_every_option_has_every_key(every_option: Trained, family: Family, always) -> None:
-    idle = {option.removeprefix("--") for option in family.idle if family.script == "sd3_train_network"}
-    added = {key for option, keys in LIST["with_option"].items() for key in keys if option not in idle}
-    assert set(every_option.metadata) == {*always, *LIST["with_dataset_config"], *added}
-
-
-def test_a_run_without_dataset_config_has_the_plain_keys(train, pictures, always, tmp_path: Path) -> None:
+def test_a_run_without_dataset_config_has_the_plain_keys(family: Family, train, pictures, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "2_fairy").symlink_to(pictures.photos)
     run = train(None, "--train_data_dir", tmp_path / "images", "--resolution", 64, "--max_train_steps", 1)
-    assert set(run.metadata) == {*always, *LIST["without_dataset_config"]}
+    assert set(run.metadata) == {*always(family), *LIST["without_dataset_config"]}
 
 
 def test_no_metadata_leaves_the_listed_keys(train, pictures, tmp_path: Path) -> None:
