@@ -37,7 +37,7 @@ class Doubler(Plain):
 
     latent_space = LatentSpace(channels=1, scale=0.5)
 
-    def encode_text(self, parts: Parts, tokens: Tensor) -> None:
+    def encode_text(self, parts: Parts, tokens: Tensor, known: object = None) -> None:
         """Return nothing: the denoiser reads no text."""
 
     def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: None, batch: Batch) -> Tensor:
