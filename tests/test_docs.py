@@ -34,6 +34,7 @@ FOREIGN_FLAGS = {"extra-index-url", "num_cpu_threads_per_process", "logdir"}  # 
 FOREIGN_FLAGS |= {"multi_gpu", "num_processes", "nproc_per_node", "use_deepspeed"}  # of launchers
 FOREIGN_FLAGS |= {"use_fsdp", "fsdp_version", "fsdp_reshard_after_forward", "fsdp_offload_params"}
 PLACEHOLDERS = {"name"}
+GUIDES_CONFIG = "my_sd3_dataset_config.toml"  # of a command that is shown as sd-scripts' guide has it
 PROMPT_FLAGS = {"w", "h", "d", "s", "l", "n", "ss"}  # in prompt files
 COMMANDS = {  # of networks/ and tools/ -> what declares their options
     "merge_lora.py": merge_lora.MergeOptions,
@@ -111,7 +112,7 @@ def dataset_configs() -> list[tuple[str, str]]:
     for page in PAGES:
         blocks = [body for language, body in CODE_BLOCK.findall(page.read_text("utf-8")) if language == "toml"]
         found += [(f"{name_of(page)}-{number}", body) for number, body in enumerate(blocks) if "[[datasets" in body]
-    configs = sorted([*ROOT.glob("examples/masked_lora/dataset_*.toml"), ROOT / "examples" / "sdxl" / "dataset.toml"])
+    configs = sorted([*ROOT.glob("examples/masked_lora/dataset_*.toml"), *ROOT.glob("examples/*/dataset.toml")])
     return found + [(name_of(path), path.read_text(encoding="utf-8")) for path in configs]
 
 
@@ -137,7 +138,7 @@ def training_commands() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("place", "script", "arguments"), training_commands())
 def test_every_training_command_that_is_shown_is_understood(place, script, arguments):
     read = read_training(shlex.split(arguments), script)
-    assert read.options.masks.masked_loss
+    assert read.options.masks.masked_loss or GUIDES_CONFIG in arguments
     assert not read.warnings
 
 
