@@ -22,6 +22,7 @@ from library.models.scaled_weights import Unscaled
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10000.0
 PART = "MMDiT"
+MOST_KINDS = 64  # of compiled blocks
 
 RunBlock = Callable[..., Any]
 
@@ -136,6 +137,12 @@ class Mmdit(nn.Module):
 
     def compile_repeated_blocks(self, backend: str) -> None:
         """Compile each joint block in place; names of weights stay as they are."""
+        from torch._dynamo import config
+
+        # torch counts the blocks' four kinds, for a picture's first and its other sizes, with gradients and without,
+        # as one function's, and computes without a compiler beyond eight
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+        setattr(config, limit, max(getattr(config, limit), MOST_KINDS))
         for block in self.joint_blocks:
             block.compile(backend=backend)
 
