@@ -17,7 +17,7 @@ from library.models.layout.mmdit import HEAD_WIDTH, POSITIONS, MmditShape
 from library.models.mmdit_blocks import FinalLayer, JointBlock, PatchEmbedder, VectorEmbedder
 from library.models.mmdit_files import FromDiffusers
 from library.models.mmdit_positions import Positions
-from library.models.scaled_weights import Unscaled
+from library.models.scaled import unscaled
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10000.0
@@ -212,7 +212,7 @@ def build(file: TensorSource, dtype: torch.dtype) -> Mmdit:
     Raises:
         CheckpointError: tensors are missing, of a wrong shape, or of something that this model does not have.
     """
-    return _built(Unscaled(file), file, lambda name: (name,), dtype)
+    return _built(unscaled(file), file, lambda name: (name,), dtype)
 
 
 def build_from_diffusers(file: TensorSource, dtype: torch.dtype) -> Mmdit:
