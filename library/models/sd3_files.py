@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,22 +134,30 @@ def load_text_encoders(
     return tuple(made)
 
 
-def _check_widths(files: Files, sources: dict[str, TensorSource | None]) -> None:
-    """Raise CheckpointError where the widths show that CLIP-L and CLIP-G are not those of the MMDiT."""
-    present = [(name, source) for name in CLIP if (source := sources[name]) is not None]
-    widths = {name: _width(source) for name, source in present}
-    if len(widths) < len(CLIP):
-        return
-    wanted = files.shape().pooled_width
-    if sum(widths.values()) != wanted:
-        told = " and ".join(f"{TITLES[name]} of {width}" for name, width in widths.items())
-        raise CheckpointError(f"{files.checkpoint}: takes text of width {wanted}, not {told}. Give the model's own.")
-    if widths["clip_l"] > widths["clip_g"]:
+def _check_widths(files: Files, sources: Mapping[str, TensorSource | None]) -> None:
+    """Raise CheckpointError where the widths show that text encoders are not those of the MMDiT."""
+    widths = {name: _width(source) for name, source in sources.items() if source is not None}
+    shape = files.shape()
+    t5_width = widths.get("t5xxl", shape.context_width)
+    if t5_width != shape.context_width:
+        raise CheckpointError(
+            f"{files.checkpoint}: takes rows of text of width {shape.context_width}, and this T5's are {t5_width} wide. "
+            "Give the model's own."
+        )
+    clips = [widths[name] for name in CLIP if name in widths]
+    if sum(clips) > shape.pooled_width or (len(clips) == len(CLIP) and sum(clips) != shape.pooled_width):
+        told = " and ".join(f"{TITLES[name]}'s {widths[name]}" for name in CLIP if name in widths)
+        raise CheckpointError(
+            f"{files.checkpoint}: takes pooled text of width {shape.pooled_width}, which {told} do not make up. "
+            "Give the model's own."
+        )
+    if len(clips) == len(CLIP) and clips[0] > clips[1]:
         raise CheckpointError("--clip_l and --clip_g: the first is wider than the second. They seem to be swapped.")
 
 
 def _width(source: TensorSource) -> int:
-    return next(shape[1] for name, shape in source.shapes.items() if name.endswith("token_embedding.weight"))
+    names = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
+    return next((shape[1] for name, shape in source.shapes.items() if name.endswith(names)), 0)
 
 
 def text_fingerprints(files: Files) -> list[str]:
