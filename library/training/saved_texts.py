@@ -36,9 +36,7 @@ def check(options: Options, family: ModelFamily) -> None:
 
 
 @torch.no_grad()
-def save(
-    options: Options, family: ModelFamily, denoiser: nn.Module, trained: Path, dtype: torch.dtype
-) -> list[Path]:
+def save(options: Options, family: ModelFamily, denoiser: nn.Module, trained: Path, dtype: torch.dtype) -> list[Path]:
     """Return the files of the text encoders that the family is to save, none where it is to save none.
 
     The text encoders are loaded anew, so that it does not matter where those of the run are, or whether they are still

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from end_to_end.training_runs import SD35M, Pictures, Trained, arguments, differing, subset, write_toml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sd3_apart
 
@@ -107,6 +108,16 @@ def test_blocks_that_are_swapped_train_the_same_to_the_bit(number: int, first_st
 
 def test_a_file_that_is_not_mapped_trains_the_same(first_step: Callable[..., Trained]) -> None:
     assert first_step("--disable_mmap_load_safetensors").losses == first_step().losses
+
+
+def test_a_preview_whose_sides_the_model_cannot_take_is_a_little_smaller(
+    first_step: Callable[..., Trained], tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a cat --w 72 --h 104 --s 2 --l 1 --ss heun")
+    run = first_step("--sample_prompts", tmp_path / "p.txt", "--sample_at_first", "--mixed_precision", "bf16")
+    (picture,) = (run.folder / "out" / "sample").glob("*.png")
+    with Image.open(picture) as image:
+        assert image.size == (64, 96)
 
 
 @pytest.mark.parametrize(("option", "names"), [("--save_clip", ("clip_g", "clip_l")), ("--save_t5xxl", ("t5xxl",))])
