@@ -8,14 +8,12 @@ from pathlib import Path
 
 from library.errors import CheckpointError
 from library.models.checkpoint import TensorSource, open_tensors
+from library.models.scaled_weights import Unscaled
 from library.models.sd3_files import TITLES
 from library.models.sd3_text import ENCODERS
 from networks import files, into_checkpoint
 from networks.checkpoint_places import SD3, SD3_TEXT, Place, places, sd3_text_places
 from networks.into_checkpoint import Output, Share
-
-# Files that other tools make hold factors under such names beside float8 weights, which mean nothing without them.
-FACTORS = (".scale_weight", ".weight_scale", "scaled_fp8")
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,12 @@ def merge(
 
 
 def _model_job(model: Path, save_to: Path, advice: Mapping[str, str]) -> Job:
-    file = _opened(model)
+    file = Unscaled(open_tensors(model))
     return Job(file, places(file, SD3, advice), save_to)
 
 
 def _text_job(text: TextFile) -> Job:
-    file = _opened(text.path)
+    file = Unscaled(open_tensors(text.path))
     if any("joint_blocks." in name for name in file.shapes):
         raise CheckpointError(f"--{text.encoder} {text.path}: is a whole model. Give the file of a text encoder alone.")
     found = sd3_text_places(file, text.encoder)
@@ -82,17 +80,6 @@ def _text_job(text: TextFile) -> Job:
             f"--{text.encoder} {text.path}: holds no {TITLES[text.encoder]} text encoder. Give the file of one."
         )
     return Job(file, found, text.save_to)
-
-
-def _opened(path: Path) -> TensorSource:
-    file = open_tensors(path)
-    factor = next((name for name in file.shapes if name.endswith(FACTORS)), None)
-    if factor is not None:
-        raise CheckpointError(
-            f"{path}: holds float8 weights with factors of their own ({factor}), which nothing can be added to. "
-            "Give a file in 16 or 32 bits."
-        )
-    return file
 
 
 def _check_texts(texts: Sequence[TextFile], shares: Sequence[Share]) -> None:

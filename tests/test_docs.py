@@ -20,9 +20,11 @@ from networks import (
     extract_lora_from_models,
     merge_lora,
     resize_lora,
+    sd3_merge_lora,
     sdxl_merge_lora,
     svd_merge_lora,
 )
+from tools import merge_sd3_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -33,12 +35,14 @@ FOREIGN_FLAGS |= {"multi_gpu", "num_processes", "nproc_per_node", "use_deepspeed
 FOREIGN_FLAGS |= {"use_fsdp", "fsdp_version", "fsdp_reshard_after_forward", "fsdp_offload_params"}
 PLACEHOLDERS = {"name"}
 PROMPT_FLAGS = {"w", "h", "d", "s", "l", "n", "ss"}  # in prompt files
-COMMANDS = {  # of networks/ -> what declares their options
+COMMANDS = {  # of networks/ and tools/ -> what declares their options
     "merge_lora.py": merge_lora.MergeOptions,
     "sdxl_merge_lora.py": sdxl_merge_lora.SdxlMergeOptions,
+    "sd3_merge_lora.py": sd3_merge_lora.Sd3MergeOptions,
     "svd_merge_lora.py": svd_merge_lora.SvdMergeOptions,
     "extract_lora_from_models.py": extract_lora_from_models.ExtractOptions,
     "resize_lora.py": resize_lora.ResizeOptions,
+    "merge_sd3_safetensors.py": merge_sd3_safetensors.PackOptions,
 }
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 

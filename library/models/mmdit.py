@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,9 @@ from library.models.checkpoint import TensorSource, build_on_meta, load_onto, re
 from library.models.layout import mmdit as layout
 from library.models.layout.mmdit import HEAD_WIDTH, POSITIONS, MmditShape
 from library.models.mmdit_blocks import FinalLayer, JointBlock, PatchEmbedder, VectorEmbedder
+from library.models.mmdit_files import FromDiffusers
 from library.models.mmdit_positions import Positions
+from library.models.scaled_weights import Unscaled
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10000.0
@@ -197,20 +199,65 @@ def build(file: TensorSource, dtype: torch.dtype) -> Mmdit:
     """Return the MMDiT with the file's weights, frozen, in eval mode, its sizes read from the tensors' shapes.
 
     Args:
-        file: names start at "joint_blocks.".
+        file: names start at "joint_blocks."; weights of any floating dtype, float8 with or without factors too.
         dtype: of the weights in memory; the table of positions keeps the file's.
 
     Raises:
-        CheckpointError: tensors are missing or of a wrong shape.
+        CheckpointError: tensors are missing, of a wrong shape, or of something that this model does not have.
+    """
+    return _built(Unscaled(file), file, lambda name: (name,), dtype)
+
+
+def build_from_diffusers(file: TensorSource, dtype: torch.dtype) -> Mmdit:
+    """Return the MMDiT with the weights of the folder `transformer` of a diffusers model, as `build` does.
+
+    Args:
+        file: all shards of the folder as one.
+        dtype: of the weights in memory; the table of positions keeps the file's.
+
+    Raises:
+        CheckpointError: tensors are missing, of a wrong shape, or of something that this model does not have.
+    """
+    ours = FromDiffusers(file)
+    return _built(ours, file, ours.parts, dtype)
+
+
+def original_shapes(file: TensorSource) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes that the tensors of a diffusers model's folder `transformer` have under original names."""
+    return FromDiffusers(file).shapes
+
+
+def _built(
+    file: TensorSource, stored: TensorSource, stored_names: Callable[[str], Iterable[str]], dtype: torch.dtype
+) -> Mmdit:
+    """Return the model of a file's tensors.
+
+    Args:
+        file: under their original names.
+        stored: under those they have in the file, by which missing ones are named.
+        stored_names: of an original name.
+        dtype: of the weights in memory.
     """
     shape = shape_of(file.shapes, str(file.path))
     table = file.read(POSITIONS)
+    table = table.half() if table.element_size() == 1 else table  # float8, which cannot be added up; half holds it
     module = build_on_meta(lambda: Mmdit(shape, table))
     assert isinstance(module, Mmdit)
     names = list(module.state_dict())
-    require(file, names, PART)
+    require(stored, [each for name in (*names, POSITIONS) for each in stored_names(name)], PART)
+    _refuse_unknown(file, {*names, POSITIONS})
     load_onto(module, ((name, file.read(name)) for name in names), dtype, str(file.path), PART)
     return module
+
+
+def _refuse_unknown(file: TensorSource, names: Collection[str]) -> None:
+    """Check that the file's blocks have nothing that ours lack: the model would compute something else without it."""
+    unknown = [name for name in file.shapes if name.startswith("joint_blocks.") and name not in names]
+    if unknown:
+        raise CheckpointError(
+            f"{file.path}: {len(unknown)} tensors of the {PART}'s blocks are not known (first: {unknown[0]}). The "
+            "file is quantised, incomplete or another kind of model; fetch a float16, bfloat16 or plain float8 version."
+        )
 
 
 def original_tensors(denoiser: Mmdit, prefix: str = layout.PREFIX) -> dict[str, Tensor]:

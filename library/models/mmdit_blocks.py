@@ -7,6 +7,7 @@ Norms compute in the format of their input, inside in float32: autocast would wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from library.models.layout.mmdit import HEAD_WIDTH, MmditShape
 
 EPSILON = 1e-6
-ATTENTION, MLP, SECOND = slice(0, 3), slice(3, 6), slice(6, 9)  # shift, scale and gate of each
 
 
 class HeadNorm(nn.RMSNorm):
@@ -30,11 +30,15 @@ class HeadNorm(nn.RMSNorm):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def modulated(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return tokens (B, N, D) normed, times 1 + scale, plus shift (both (B, 1, D))."""
+def normed(tokens: Tensor) -> Tensor:
+    """Return tokens (B, N, D), each with a mean of 0 and a variance of 1; in their own dtype."""
     with torch.autocast(tokens.device.type, enabled=False):
-        normed = F.layer_norm(tokens, tokens.shape[-1:], eps=EPSILON)
-    return torch.addcmul(shift, normed, 1 + scale)
+        return F.layer_norm(tokens, tokens.shape[-1:], eps=EPSILON)
+
+
+def modulated(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return normed tokens (B, N, D) times 1 + scale, plus shift (both (B, 1, D))."""
+    return torch.addcmul(shift, tokens, 1 + scale)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -79,6 +83,15 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A stream's part of a joint block up to the joint attention."""
+
+    parts: tuple[Tensor, Tensor, Tensor]  # queries, keys and values (B, N, heads, 64)
+    own: Tensor | None  # what the second attention found (B, N, D)
+    modulations: Sequence[Tensor]  # (B, 1, D): shift, scale and gate of the attention, the MLP, the second attention
+
+
 class Stream(nn.Module):
     """The picture's or the text's half of a joint block.
 
@@ -93,26 +106,33 @@ class Stream(nn.Module):
         self.num_modulations = 2 if is_read_only else 9 if has_second else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(shape.width, self.num_modulations * shape.width))
 
-    def modulations(self, activated: Tensor) -> Sequence[Tensor]:
-        """Return shift, scale and gate (B, 1, D) of each part; activated: the condition (B, D) after its SiLU."""
-        return self.adaLN_modulation[1](activated)[:, None].chunk(self.num_modulations, dim=-1)
+    def begin(self, tokens: Tensor, activated: Tensor) -> Begun:
+        """Return what the joint attention takes of this stream.
 
-    def finish(self, tokens: Tensor, found: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        Args:
+            tokens: (B, N, D).
+            activated: what the modulations are made of (B, D), after the SiLU that they all begin with.
+        """
+        modulations = self.adaLN_modulation[1](activated)[:, None].chunk(self.num_modulations, dim=-1)
+        tokens = normed(tokens)  # for both attentions
+        parts = self.attn.split(modulated(tokens, *modulations[:2]))
+        own = None if self.attn2 is None else attend(*self.attn2.split(modulated(tokens, *modulations[6:8])))
+        return Begun(parts, own, modulations)
+
+    def finish(self, tokens: Tensor, found: Tensor, begun: Begun) -> Tensor:
         """Return the tokens (B, N, D) after the block.
 
         Args:
             tokens: before the block.
             found: by the queries of the joint attention.
-            modulations: of this stream.
+            begun: with these tokens.
         """
         assert self.mlp is not None
-        after = torch.addcmul(tokens, modulations[ATTENTION][2], self.attn.project(found))
-        if self.attn2 is not None:
-            shift, scale, gate = modulations[SECOND]
-            own = attend(*self.attn2.split(modulated(tokens, shift, scale)))
-            after = torch.addcmul(after, gate, self.attn2.project(own))
-        shift, scale, gate = modulations[MLP]
-        return torch.addcmul(after, gate, self.mlp(modulated(after, shift, scale)))
+        tokens = torch.addcmul(tokens, begun.modulations[2], self.attn.project(found))
+        if self.attn2 is not None and begun.own is not None:
+            tokens = torch.addcmul(tokens, begun.modulations[8], self.attn2.project(begun.own))
+        shift, scale, gate = begun.modulations[3:6]
+        return torch.addcmul(tokens, gate, self.mlp(modulated(normed(tokens), shift, scale)))
 
 
 class JointBlock(nn.Module):
@@ -126,13 +146,11 @@ class JointBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, activated: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the picture's tokens (B, N, D) and the text's (B, M, D), which are None after the last block."""
-        of_context, of_x = self.context_block.modulations(activated), self.x_block.modulations(activated)
-        texts = self.context_block.attn.split(modulated(context, *of_context[:2]))
-        pictures = self.x_block.attn.split(modulated(x, *of_x[:2]))
-        joint = [torch.cat(pair, dim=1) for pair in zip(texts, pictures, strict=True)]
+        text, picture = self.context_block.begin(context, activated), self.x_block.begin(x, activated)
+        joint = [torch.cat(pair, dim=1) for pair in zip(text.parts, picture.parts, strict=True)]
         found_by_text, found_by_x = attend(*joint).split([context.shape[1], x.shape[1]], dim=1)
-        x = self.x_block.finish(x, found_by_x, of_x)
-        return x, None if self.is_last else self.context_block.finish(context, found_by_text, of_context)
+        x = self.x_block.finish(x, found_by_x, picture)
+        return x, None if self.is_last else self.context_block.finish(context, found_by_text, text)
 
 
 class FinalLayer(nn.Module):
@@ -146,7 +164,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, activated: Tensor) -> Tensor:
         """Return patches (B, N, patch * patch * channels) of tokens (B, N, D)."""
         shift, scale = self.adaLN_modulation[1](activated)[:, None].chunk(2, dim=-1)
-        return self.linear(modulated(x, shift, scale))
+        return self.linear(modulated(normed(x), shift, scale))
 
 
 class PatchEmbedder(nn.Module):
@@ -158,7 +176,8 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, noisy: Tensor) -> Tensor:
         """Return tokens (B, N, D), row by row, of a latent (B, C, h, w)."""
-        return self.proj(noisy).flatten(2).transpose(1, 2)
+        channels_last = noisy.contiguous(memory_format=torch.channels_last)  # the tokens then lie as they are wanted
+        return self.proj(channels_last).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 class VectorEmbedder(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Sequence
 
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from library.errors import OptionError
-
-log = logging.getLogger(__name__)
 
 PIXELS = 8  # a latent cell's side
 KEPT_WINDOWS = 8  # sizes of pictures whose positions stay on the device
@@ -32,13 +29,14 @@ class Positions:
         self.table, self.patch = table, patch
         self.side = math.isqrt(table.shape[1])
         self._grids: list[tuple[int, int]] = []  # (largest area, side), both in tokens
-        self._windows: dict[tuple[object, ...], Tensor] = {}
+        self._windows: dict[tuple[object, ...], Tensor] = {}  # of the middle, by rows, columns and device
+        self._axes: dict[tuple[object, ...], Tensor] = {}  # of grids, by side and device
 
     def scale_to(self, resolutions: Sequence[tuple[int, int]]) -> None:
         """Use a grid of its own for pictures of about each resolution from here on, instead of the table.
 
         Args:
-            resolutions: (width, height) in pixels.
+            resolutions: (width, height) in pixels; at least one.
         """
         cells = {round(math.sqrt(width * height)) // PIXELS for width, height in resolutions}
         sides = sorted({each // self.patch for each in cells})
@@ -99,7 +97,9 @@ class Positions:
         """Return a window of the grid for a picture of this size, float32."""
         patches = self._grid_for(rows, columns)
         side, width = _grid_side(patches), self.table.shape[-1]
-        axis = scaled_axis(patches, width // 2).to(device)
+        if (patches, device) not in self._axes:
+            self._axes[patches, device] = scaled_axis(patches, width // 2).to(device)
+        axis = self._axes[patches, device]
         top, left = start(side, rows, offset, 0), start(side, columns, offset, 1)
         down = axis[top : top + rows, None].expand(rows, columns, -1)
         across = axis[None, left : left + columns].expand(rows, columns, -1)

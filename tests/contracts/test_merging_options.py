@@ -10,9 +10,11 @@ from networks import (
     extract_lora_from_models,
     merge_lora,
     resize_lora,
+    sd3_merge_lora,
     sdxl_merge_lora,
     svd_merge_lora,
 )
+from tools import merge_sd3_safetensors
 
 PRECISIONS = {"precision": "float", "save_precision": None, "no_metadata": False}
 REFERENCE: dict[type, dict[str, Any]] = {
@@ -23,6 +25,15 @@ REFERENCE: dict[type, dict[str, Any]] = {
     sdxl_merge_lora.SdxlMergeOptions: {
         **PRECISIONS, "sd_model": None, "save_to": None, "models": None, "ratios": None, "lbws": None, "concat": False,
         "shuffle": False,
+    },
+    sd3_merge_lora.Sd3MergeOptions: {  # there is none in sd-scripts; these are merge_lora's and flux_merge_lora's
+        **PRECISIONS, "sd_model": None, "save_to": None, "models": None, "ratios": None, "concat": False,
+        "shuffle": False, "clip_l": None, "clip_l_save_to": None, "clip_g": None, "clip_g_save_to": None,
+        "t5xxl": None, "t5xxl_save_to": None,
+    },
+    merge_sd3_safetensors.PackOptions: {
+        "dit": None, "vae": None, "clip_l": None, "clip_g": None, "t5xxl": None, "output": "merged_model.safetensors",
+        "device": None, "save_precision": None,
     },
     svd_merge_lora.SvdMergeOptions: {
         **PRECISIONS, "save_to": None, "models": None, "ratios": None, "lbws": None, "new_rank": 4,

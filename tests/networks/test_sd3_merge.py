@@ -176,15 +176,16 @@ def test_a_float8_model_is_merged_into(tmp_path, model, of_the_mmdit) -> None:
         torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-2, atol=1e-5)
 
 
-def test_float8_weights_with_factors_are_refused(tmp_path, capsys, model, of_the_mmdit) -> None:
-    scaled = {**load_file(model), f"{DIT}context_embedder.scale_weight": torch.tensor(2.0)}
+def test_factors_of_float8_weights_are_worked_in(tmp_path, model, of_the_mmdit) -> None:
+    before = load_file(model)
+    name = f"{DIT}joint_blocks.1.x_block.mlp.fc1."
+    narrow = (before[f"{name}weight"] * 8).to(torch.float8_e4m3fn)
+    scaled = {**before, f"{name}weight": narrow, f"{name}scale_weight": torch.tensor(0.125)}
     save_file(scaled, tmp_path / "scaled.safetensors")
-    line = refusal(
-        capsys, "--sd_model", tmp_path / "scaled.safetensors", "--models", of_the_mmdit, "--ratios", 1, "--save_to",
-        tmp_path / "out.safetensors",
-    )  # fmt: skip
-    assert "float8 weights with factors of their own" in line
-    assert not (tmp_path / "out.safetensors").exists()
+    after = merge([of_the_mmdit], [1], tmp_path / "out.safetensors", model=tmp_path / "scaled.safetensors")
+    wanted = changed({**before, f"{name}weight": narrow.float() / 8}, of_the_mmdit, 1)
+    assert after.keys() == before.keys()
+    torch.testing.assert_close(after[f"{name}weight"].double(), wanted[f"{name}weight"], rtol=0, atol=1e-6)
 
 
 def test_the_merged_model_says_what_it_is_and_was_made_of(tmp_path, model, whole) -> None:

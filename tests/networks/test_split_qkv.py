@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import CheckpointError
+from library.models import mmdit
+from library.models.checkpoint import open_tensors
 from library.models.family import LoraTarget
 from networks import lora_sd3
 from networks.files import StoredModule, modules_in
@@ -14,6 +16,7 @@ from networks.layers import Dropout, LoraLayer
 from networks.network import LoraNetwork
 from networks.split_qkv import SplitQkvLayer, fused, is_qkv, parted
 from tests.lora_samples import delta
+from tests.models.mmdit_models import reference_tiny
 from tests.networks.sd3_parts import narrow_targets
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "networks"
@@ -236,3 +239,17 @@ def test_parting_a_fused_pair_and_fusing_it_again_gives_the_same() -> None:
     up = torch.randn(24, 2)
     assert torch.equal(parted(fused(up)), up)
     assert parted(torch.randn(24, 6)) is None
+
+
+def test_the_references_network_has_the_references_output_on_a_whole_mmdit(numbers, tmp_path: Path) -> None:
+    tensors, taken, plain = reference_tiny()
+    save_file(tensors, tmp_path / "mmdit.safetensors")
+    denoiser = mmdit.build(open_tensors(tmp_path / "mmdit.safetensors"), torch.float32)
+    file = DATA / "sd3_tiny_lora.safetensors"
+    network, _ = lora_sd3.create_network_from_weights(1.0, file, None, [], denoiser)
+    network.load_weights(file)
+    with network.attached(), torch.no_grad():
+        found = denoiser(*taken)
+    wanted = numbers["sd3/fused/mmdit_out"]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert not torch.allclose(wanted, plain, atol=1e-2)
