@@ -95,6 +95,22 @@ def test_a_text_encoders_own_file_is_used_in_place_of_the_models(
     assert abs(other.losses[0] / same.losses[0] - 1) > 1e-6
 
 
+def test_what_lies_far_from_the_mask_is_not_computed(pictures: Pictures, tmp_path: Path) -> None:
+    masked = subset(pictures.photos, conditioning_data_dir=str(pictures.photo_masks))
+    config = write_toml(tmp_path / "d.toml", masked, resolution=256)  # 256 tokens, of which half are learnt
+
+    def loss(*more: object) -> float:
+        folder = tmp_path / "-".join(("run", *map(str, more)))
+        argv = arguments(SD35M, folder, config, "--max_train_steps", 1, *more)
+        assert SD35M.run(*argv) == 0
+        return Trained(folder, tuple(argv)).losses[0]
+
+    whole, half = loss(), loss("--mask_token_drop", 0)
+    assert loss("--mask_token_drop", 32) == whole  # the other half is 16 cells wide
+    assert half == pytest.approx(whole, rel=0.2)
+    assert half != whole
+
+
 def test_t5_may_be_on_the_cpu(first_step: Callable[..., Trained]) -> None:
     assert first_step("--t5xxl_device", "cpu").losses == first_step().losses
 
