@@ -157,7 +157,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
             soundness.check(file, option, family.other_networks)
     optimizers.check(options.optimizer)
     schedules.check(options.schedule)
-    prompts = tuple(sampling.check(options.sampling, family.preview_side))
+    prompts = tuple(sampling.check(options.sampling, family.preview_side, family.preview_side_multiple))
     saving.check_output(options.saving)
     formats = Precision.of(
         options.training.mixed_precision,
