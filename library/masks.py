@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from library.errors import OptionError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -54,6 +56,50 @@ def to_weights(sums: Sums) -> Tensor:
     import torch
 
     return torch.from_numpy(to_array(sums))[None]
+
+
+def kept_tokens(masks: Tensor, reach: int, patch: int = 2, multiple: int = 64) -> Tensor | None:
+    """Return which tokens of each image are computed: those near to what is learnt, or None for all.
+
+    A token is near if one of its cells is no further than reach from a cell with a weight above 0, diagonal steps
+    counted as one. All images of a batch keep as many as the one that needs the most; the others keep the next nearest.
+
+    Args:
+        masks: (B, 1, h, w) in [0, 1], on the CPU.
+        reach: latent cells, at least 0.
+        patch: latent cells a side that one token stands for.
+        multiple: of which the number of tokens is one, so that there are few shapes; or it is that of all tokens.
+    Returns: (B, K) int64, each row rising, tokens counted row by row; None if all are kept.
+
+    Raises: OptionError for pictures that do not divide into tokens.
+    """
+    import torch
+
+    height, width = masks.shape[2] // patch, masks.shape[3] // patch
+    distances = np.stack([_token_distances(mask, patch) for mask in masks[:, 0].numpy()])  # (B, N)
+    most = max(1, int((distances <= reach).sum(axis=1).max()))
+    num_kept = min(-(-most // multiple) * multiple, height * width)
+    if num_kept == height * width:
+        return None
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, :num_kept]
+    return torch.from_numpy(np.sort(nearest, axis=1).astype(np.int64))
+
+
+def _token_distances(mask: npt.NDArray[np.float32], patch: int) -> npt.NDArray[np.float32]:
+    """Return (N,): cells from each token to the nearest weight above 0, infinite where there is none; mask: (h, w)."""
+    import cv2
+
+    height, width = mask.shape
+    if height % patch or width % patch:
+        raise OptionError(
+            f"--mask_token_drop: {width * CELL}x{height * CELL} pixels do not divide into tokens of {patch * CELL}. "
+            f"Choose a resolution of multiples of {patch * CELL}."
+        )
+    is_black = (mask <= 0).astype(np.uint8)
+    cells: npt.NDArray[np.float32] = np.full(mask.shape, np.inf, dtype=np.float32)
+    if not is_black.all():
+        cells = np.asarray(cv2.distanceTransform(is_black, cv2.DIST_C, 3), dtype=np.float32)
+    return cells.reshape(height // patch, patch, width // patch, patch).min(axis=(1, 3)).reshape(-1)
 
 
 def weigh(loss: Tensor, masks: Tensor | None) -> Tensor:

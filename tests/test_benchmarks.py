@@ -86,6 +86,14 @@ def test_the_benchmark_of_a_gpu_runs_where_there_is_none(capsys, model, make):
     assert found[f"{case}: graphs compiled later"][-1] == "< 1: holds"
 
 
+def test_the_benchmark_of_sd3_swaps_blocks_and_leaves_tokens_out(capsys):
+    found = run("sd3_speed", capsys)
+    assert {"batch 1: speed", "batch 1, 4 blocks swapped: speed", "batch 1, tokens left out: speed-up"} <= set(found)
+    assert (
+        found["batch 1, tokens left out: share that is kept"][1] == "50"
+    )  # up to 100 of 256 tokens, rounded up to 128
+
+
 def test_the_benchmark_of_merging_runs_the_commands(capsys):
     assert {"copy the model", "merge into the model", "extract"} <= set(run("merging_full_size", capsys))
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from library.dataset.geometry import Transform, apply, resize
-from library.masks import FULL, shrink, to_array, to_weights, weigh
+from library.errors import OptionError
+from library.masks import FULL, kept_tokens, shrink, to_array, to_weights, weigh
 
 DATA = Path(__file__).parent / "data" / "masks"
 RECORDS = json.loads((DATA / "reference.json").read_text())["records"]
@@ -134,6 +135,96 @@ def test_a_thin_line_keeps_its_exact_share():
     weights = to_array(shrink(resize(pixels, (64, 32), None)))
     assert weights[0, 1] == np.float32(120 / 255 / 8)
     assert weights.sum() == pytest.approx(4 * 120 / 255 / 8)
+
+
+def masks_of(*pictures: str) -> torch.Tensor:
+    """Return (B, 1, h, w) of rows of digits, tenths of a weight."""
+    return torch.tensor([[[[int(cell) / 10 for cell in row] for row in picture.split()]] for picture in pictures])
+
+
+CORNER = "00000000 00000000 00000000 00000000 00000000 00000000 00000000 00000001"  # 8x8 cells, 4x4 tokens
+
+
+def test_without_reach_the_tokens_that_hold_something_learnt_are_kept():
+    two = "00000000 00900000 00000000 00000000 00000000 00000000 00000000 00000001"
+    assert kept_tokens(masks_of(two), 0, multiple=1).tolist() == [[1, 15]]
+
+
+@pytest.mark.parametrize(
+    ("reach", "kept"),
+    [
+        (0, [15]),
+        (1, [15]),  # the learnt cell lies at the token's far side: its neighbours' nearest cells are 2 away
+        (2, [10, 11, 14, 15]),  # a diagonal step is as long as a straight one
+        (3, [10, 11, 14, 15]),
+        (4, [5, 6, 7, 9, 10, 11, 13, 14, 15]),
+        (5, [5, 6, 7, 9, 10, 11, 13, 14, 15]),
+    ],
+)
+def test_the_tokens_within_reach_are_kept(reach, kept):
+    assert kept_tokens(masks_of(CORNER), reach, multiple=1).tolist() == [kept]
+
+
+def test_a_reach_over_the_whole_picture_leaves_nothing_out():
+    assert kept_tokens(masks_of(CORNER), 6, multiple=1) is None
+
+
+def test_the_distance_is_that_of_a_slow_search():
+    draws = np.random.default_rng(0)
+    masks = torch.from_numpy((draws.random((3, 1, 24, 32)) > 0.99).astype(np.float32))
+    for reach in (0, 1, 3):
+        found = kept_tokens(masks, reach, multiple=1)
+        wanted = []
+        for mask in masks[:, 0].numpy():
+            rows, columns = np.nonzero(mask)
+            cells = np.stack(np.mgrid[:24, :32], axis=-1)[..., None, :] - np.stack((rows, columns), axis=-1)
+            near = np.abs(cells).max(axis=-1).min(axis=-1) <= reach
+            wanted.append(set(np.nonzero(near.reshape(12, 2, 16, 2).any(axis=(1, 3)).reshape(-1))[0].tolist()))
+        assert found.shape == (3, max(map(len, wanted)))
+        assert all(each <= set(row) for each, row in zip(wanted, found.tolist(), strict=True))
+        assert all(row == sorted(set(row)) for row in found.tolist())
+
+
+def test_an_image_that_needs_fewer_tokens_keeps_its_next_nearest():
+    """The first needs two tokens, so the second keeps, beside its own one, the nearest of the others."""
+    two = "00900000 00000000 00000000 00000000 00000000 00000000 00000000 00000001"
+    one = "00000000 00000000 00000000 00000000 00000000 00000000 00000000 00009000"  # token 14, at its left side
+    assert kept_tokens(masks_of(two, one), 0, multiple=1).tolist() == [[1, 15], [13, 14]]
+
+
+def test_the_number_of_tokens_is_rounded_up():
+    (kept,) = kept_tokens(masks_of(CORNER), 2, multiple=6).tolist()
+    assert len(kept) == 6
+    assert {10, 11, 14, 15} < set(kept)
+    assert set(kept) <= {5, 6, 7, 9, 10, 11, 13, 14, 15}  # the next nearest
+
+
+def test_rounding_up_never_asks_for_more_tokens_than_there_are():
+    assert kept_tokens(masks_of(CORNER), 4, multiple=16) is None
+
+
+def test_an_image_in_which_nothing_is_learnt_keeps_as_many_tokens_as_the_others():
+    black = CORNER.replace("1", "0")
+    (kept, _) = kept_tokens(masks_of(black, CORNER), 2, multiple=1).tolist()
+    assert kept == [0, 1, 2, 3]
+    assert kept_tokens(masks_of(black), 2, multiple=1).tolist() == [[0]]
+    assert kept_tokens(masks_of(black), 2, multiple=5).shape == (1, 5)
+
+
+def test_a_white_mask_leaves_nothing_out():
+    white = CORNER.replace("0", "9")
+    assert kept_tokens(masks_of(white), 0, multiple=1) is None
+    assert kept_tokens(masks_of(CORNER, white), 0, multiple=1) is None
+
+
+def test_the_least_weight_that_a_mask_can_have_is_near():
+    masks = to_weights(np.array([[1, 0, 0, 0], [0, 0, 0, 0]], dtype=np.uint16))[None]
+    assert kept_tokens(masks, 0, multiple=1).tolist() == [[0]]
+
+
+def test_a_picture_that_does_not_divide_into_tokens_is_refused():
+    with pytest.raises(OptionError, match=r"24x16 pixels do not divide into tokens of 16\. Choose a resolution"):
+        kept_tokens(masks_of("000 000"), 0)
 
 
 def test_masks_can_be_read_without_torch():

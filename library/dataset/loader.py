@@ -22,7 +22,7 @@ from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
 from library.errors import UserError
-from library.masks import Sums, to_weights
+from library.masks import Sums, kept_tokens, to_weights
 
 if TYPE_CHECKING:
     DrawsDataset = Dataset["Batch | Failure"]
@@ -41,6 +41,7 @@ class LoaderSettings:
     prior_loss_weight: float = 1.0  # the weight of a regularisation image
     process_index: int = 0
     num_processes: int = 1  # that share each batch
+    token_reach: int | None = None  # latent cells, see masks.kept_tokens; None: all tokens are computed
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,15 @@ class DrawnImages(DrawsDataset):
         texts = tuple(item.caption for item in items)
         pixels = [item.pixels for item in items if item.pixels is not None]
         latents = [item.latents for item in items if item.latents is not None]
-        prior = self._settings.prior_loss_weight
+        masks = _stack_masks([item.mask for item in items])
+        prior, reach = self._settings.prior_loss_weight, self._settings.token_reach
         return Batch(
             names=tuple(str(sample.path) for sample in samples),
             captions=texts,
             tokens=None if self._tokenize is None else self._tokenize(texts),
             images=to_images(pixels) if pixels else None,
             latents=torch.stack(latents) if latents else None,
-            masks=_stack_masks([item.mask for item in items]),
+            masks=masks,
             weights=torch.tensor(
                 [(prior if sample.is_reg else 1.0) * item.weight for sample, item in zip(samples, items, strict=True)],
                 dtype=torch.float32,
@@ -122,6 +124,7 @@ class DrawnImages(DrawsDataset):
             target_sizes=torch.tensor([item.sizes.target for item in items]),
             text=None if self._texts is None else self._texts.stacked(texts),
             preserved=_flags([sample.subset.diff_output_preservation for sample in samples]),
+            kept_tokens=None if masks is None or reach is None else kept_tokens(masks, reach),
         )
 
     def _item(self, draw: Draw) -> _Item:

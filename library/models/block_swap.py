@@ -123,6 +123,9 @@ class BlockSwap:
         self._masters = masters
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            for slot in self._slots:
+                slot.memory.record_stream(self._stream)  # a model that is dropped waits for its last copy
         self._fetch(0)
         self._fetch(1)
 
@@ -198,7 +201,7 @@ class BlockSwap:
 
 
 class _Slot:
-    """Memory on the device that one block at a time is copied to. It is never given back, so no copy is too late."""
+    """Memory on the device that one block at a time is copied to, for as long as the model lives."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)

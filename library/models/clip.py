@@ -14,6 +14,7 @@ from library.models import checkpoint
 from library.models.checkpoint import TensorSource, build_on_meta, load_onto, require
 from library.models.clip_tokens import BOS, EOS
 from library.models.layout import clip as layout
+from library.models.padding import attention_mask
 
 TOKEN_EMBEDDING, POSITION_EMBEDDING = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
 OPENCLIP_LAYERS = 24  # OpenCLIP ViT-H as SD 2.x carries it whole; trainers write 23
@@ -280,10 +281,12 @@ def penultimate_states(text_encoder: nn.Module, tokens: Tensor, mask: Tensor | N
     Args:
         text_encoder: transformers' CLIPTextModel or CLIPTextModelWithProjection.
         tokens: int64.
-        mask: (B, 77) bool, False where no token looks; None: each looks at all before it.
+        mask: (B, 77) bool, False for padding, at which no token looks; None: each looks at all before it.
     Returns: both (B, 77, D).
     """
     model: Any = inner(text_encoder)
+    if mask is not None:
+        mask = attention_mask(mask, model.embeddings.token_embedding.weight.dtype, looks_back=True)
     outputs = model(tokens, attention_mask=mask, output_hidden_states=True)
     return outputs.hidden_states[len(model.encoder.layers) - 1], outputs.last_hidden_state
 

@@ -43,11 +43,6 @@ class Sd(Plain):
     preview_side = 512
     other_networks = recognition.other_networks(recognition.SD)
 
-    @property
-    def prediction_type(self) -> str:
-        """What the U-Net predicts: the noise, or the velocity."""
-        return "v_prediction" if self.v_parameterization else "epsilon"
-
     @classmethod
     def from_options(cls, options: Any) -> Sd:
         """Return the family as the model options describe it."""
@@ -225,6 +220,11 @@ class Sd(Plain):
     def base_model_version(self) -> str:
         """The name of the base model in files: sd_v1 or sd_v2, with _v for velocity prediction."""
         return ("sd_v2" if self.v2 else "sd_v1") + ("_v" if self.v_parameterization else "")
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: the noise, or the velocity."""
+        return "v_prediction" if self.v_parameterization else "epsilon"
 
     def objective(self, noise: NoiseOptions, loss: LossOptions) -> Ddpm:
         """Return how latents are noised and what the U-Net's output is compared with."""

@@ -17,6 +17,7 @@ from library.models.family import Absent
 from library.models.layout import mmdit as layout
 from library.models.layout.mmdit import MmditShape
 from library.models.mmdit import Mmdit
+from library.models.scaled import unscaled
 from library.models.sd3_text import ENCODERS
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Files:
     def _open(self, checkpoint: str) -> TensorSource:
         file = open_tensors(Path(checkpoint), is_mapped=self.is_mapped)
         recognition.check(file, recognition.SD3)
-        return file
+        return unscaled(file)
 
 
 def _below(file: TensorSource, prefix: str, encoder: str) -> TensorSource | None:

@@ -13,6 +13,7 @@ from library.models import clip, clip_tokens, t5, t5_tokens
 from library.models.checkpoint import TensorSource
 from library.models.clip_tokens import WINDOW
 from library.models.family import Absent
+from library.models.scaled import unscaled
 
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 CLIP_TOKENIZERS = (clip_tokens.CLIP_L, clip_tokens.OPENCLIP_G)
@@ -34,14 +35,14 @@ def build(file: TensorSource, slot: int, dtype: torch.dtype) -> nn.Module:
     """Return a text encoder of a file in transformers' layout.
 
     Args:
-        file: of this encoder alone, or a part of a larger one.
+        file: of this encoder alone, or a part of a larger one; also in float8, with scales and without.
         slot: its place in ENCODERS, which is what tells CLIP-L from CLIP-G: they compute differently.
         dtype: of the weights in memory.
 
     Raises:
         CheckpointError: tensors are missing or of a wrong shape.
     """
-    kind = ENCODERS[slot]
+    kind, file = ENCODERS[slot], unscaled(file)
     if kind == "t5xxl":
         return t5.build(file, dtype)
     is_l = kind == "clip_l"  # whose files often lack the projection
@@ -51,6 +52,7 @@ def build(file: TensorSource, slot: int, dtype: torch.dtype) -> nn.Module:
 
 def fingerprint(file: TensorSource, slot: int) -> str:
     """Return 32 hex digits that identify a text encoder, see `build`. Raises: CheckpointError: it is none."""
+    file = unscaled(file)
     return t5.fingerprint(file) if ENCODERS[slot] == "t5xxl" else clip.fingerprint(file)
 
 

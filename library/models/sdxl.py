@@ -50,11 +50,6 @@ class Sdxl(Plain):
     leaves_text_layers_out = True  # of the first text encoder the last
     base_model_version = "sdxl_base_v1-0"
 
-    @property
-    def prediction_type(self) -> str:
-        """What the U-Net predicts: the noise, or the velocity."""
-        return "v_prediction" if self.v_parameterization else "epsilon"
-
     @classmethod
     def from_options(cls, options: Any) -> Sdxl:
         """Return the family as the model options describe it."""
@@ -220,6 +215,11 @@ class Sdxl(Plain):
         return parts.denoiser(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=told).sample
 
     # ---- training ----------------------------------------------------------------------------------------------
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: the noise, or the velocity."""
+        return "v_prediction" if self.v_parameterization else "epsilon"
+
     def objective(self, noise: NoiseOptions, loss: LossOptions) -> Ddpm:
         """Return how latents are noised and what the U-Net's output is compared with."""
         return Ddpm.from_options(noise, loss, self.v_parameterization)

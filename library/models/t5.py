@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library.errors import OptionError, did_you_mean
 from library.models import checkpoint
 from library.models.checkpoint import TensorSource, build_on_meta, load_onto, require
+from library.models.padding import attention_mask
 from library.models.t5_tokens import EOS, PAD
 
 PART = "T5 text encoder"
@@ -94,9 +95,7 @@ def _maker(file: TensorSource) -> Callable[[], Any]:
     require(file, (embedding, query, BIAS, f"{inner}.wi_0.weight", f"{inner}.wo.weight"), PART)
     vocabulary, width = file.shapes[embedding]
     buckets, heads = file.shapes[BIAS]
-    layers = 0
-    while f"encoder.block.{layers}.layer.0.SelfAttention.q.weight" in file.shapes:
-        layers += 1
+    layers = 1 + max(int(name.split(".")[2]) for name in file.shapes if name.startswith("encoder.block."))
 
     def make() -> Any:
         from transformers import T5Config, T5EncoderModel
@@ -117,9 +116,8 @@ def _maker(file: TensorSource) -> Callable[[], Any]:
             eos_token_id=EOS,
         )
         model = T5EncoderModel(config)
-        model.set_input_embeddings(
-            model.shared
-        )  # one module: transformers 5 only ties two, which would be loaded apart
+        # one module for both names: transformers 5 has two, whose weights would be loaded twice
+        model.set_input_embeddings(model.shared)
         blocks: Any = model.encoder.block
         for block in blocks:
             dense = block.layer[-1].DenseReluDense
@@ -138,7 +136,7 @@ def encode(text_encoder: nn.Module, tokens: Tensor, mask: Tensor | None = None) 
     Args:
         text_encoder: from `build`.
         tokens: int64, on its device.
-        mask: (B, N) bool, False where no token looks; None: all look at all.
+        mask: (B, N) bool, False for padding, at which no token looks; None: all look at all.
     """
     model: Any = text_encoder
     dtype, device = model.shared.weight.dtype, tokens.device.type
@@ -147,6 +145,8 @@ def encode(text_encoder: nn.Module, tokens: Tensor, mask: Tensor | None = None) 
         and torch.is_autocast_enabled(device)
         and (dtype == torch.float16 or torch.get_autocast_dtype(device) != dtype)
     )
+    if mask is not None:
+        mask = attention_mask(mask, dtype, looks_back=False)
     with torch.autocast(device, enabled=False) if is_disturbed else nullcontext():
         states: Tensor = model(input_ids=tokens, attention_mask=mask).last_hidden_state
     return states

@@ -76,6 +76,8 @@ def vocabulary_name(cache_dir: str | None) -> str:
     Raises:
         CheckpointError: see `tokenizer`.
     """
+    if cache_dir is None:
+        return "shipped"
     content = tokenizer(cache_dir).to_str()
     if content == tokenizer(None).to_str():
         return "shipped"

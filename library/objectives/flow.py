@@ -27,9 +27,7 @@ class Flow:
 
     flow: FlowOptions
     bounds: tuple[int, int]  # timesteps are drawn from low <= t < high
-    alphas_cumprod: (
-        Tensor  # (T,) float32: share of the picture's variance, were both scaled to a variance of 1 together
-    )
+    alphas_cumprod: Tensor  # (T,) float32: the picture's share of the variance
     weight: Tensor | None  # (T,) float32: what each timestep's loss counts; None where all count 1
 
     @classmethod

@@ -189,7 +189,8 @@ def load(
     process: tuple[int, int] = (0, 1),
 ) -> BatchLoader:
     """Return the endless batches after steps_done, of each the part of this process (index, of how many)."""
-    settings = LoaderSettings(run_plan.seed, max_train_steps, options.dataset.prior_loss_weight, *process)
+    prior, reach = options.dataset.prior_loss_weight, options.masks.mask_token_drop
+    settings = LoaderSettings(run_plan.seed, max_train_steps, prior, *process, token_reach=reach)
     images = drawn_images(data, settings, stores, family)
     batches = run_plan.batches(run_plan.first_batch_of(steps_done))
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
@@ -213,7 +214,7 @@ def load_validation(
     max_train_steps: int,
 ) -> BatchLoader:
     """Return the batches given, of images that are held back; each pass over them gives the same."""
-    settings = LoaderSettings(seed, max_train_steps)
+    settings = LoaderSettings(seed, max_train_steps, token_reach=options.masks.mask_token_drop)
     images = drawn_images(data, settings, stores, family)
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1, len(batches))
     return make_loader(images, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())

@@ -19,7 +19,7 @@ from library.dataset.latents import build_store
 from library.dataset.loader import DrawnImages, LoaderSettings, make_loader
 from library.dataset.plan import Draw
 from library.errors import DataError
-from library.masks import MaskSource
+from library.masks import MaskSource, kept_tokens
 
 SETTINGS = LoaderSettings(seed=1, max_train_steps=100, prior_loss_weight=0.25)
 
@@ -269,3 +269,55 @@ def test_images_whose_output_is_preserved_are_marked_in_the_batch(pictures):
     mixed, none = batches_of(DrawnImages(samples, SETTINGS), [draws_of(0, 1), draws_of(0, 0)])
     assert mixed.preserved.tolist() == [False, True]
     assert none.preserved is None
+
+
+WIDE = replace(CUT, source=(256, 256), resized=(256, 256), crop=(0, 0), target=(256, 256))  # 16 x 16 tokens
+
+
+def half_masked(folder, **subset):
+    """Return pictures that are learnt at the left, by a file; at the top, by their alpha channel; and as a whole."""
+    left, top = (np.zeros((256, 256), dtype=np.uint8) for _ in range(2))
+    left[:, :88], top[:80] = 255, 255
+    path = save_picture(folder / "a.png", 1, 3, (256, 256))
+    Image.fromarray(left).save(folder / "mask.png")
+    with Image.open(save_picture(folder / "b.png", 2, 3, (256, 256))) as image:
+        image.putalpha(Image.fromarray(top))
+        image.save(folder / "b.png")
+    settings = {"subset": SubsetConfig(folder, **subset), "transform": WIDE}
+    by_file = sample_of(path, MaskSource("file", folder / "mask.png"), **settings)
+    return [by_file, sample_of(folder / "b.png", **settings), sample_of(path, MaskSource("none"), **settings)]
+
+
+def test_tokens_out_of_reach_are_left_out_of_the_batch(tmp_path):
+    dataset = DrawnImages(half_masked(tmp_path), replace(SETTINGS, token_reach=1))
+    kept = dataset[draws_of(0, 1)].kept_tokens
+    left = [16 * row + column for row in range(16) for column in range(6)]  # 11 columns of cells, and one within reach
+    top = list(range(16 * 6))  # 10 rows, and one within reach, which is half a token
+    assert (kept.dtype, kept.shape) == (torch.int64, (2, 128))  # 96 are a multiple of 64 only with 32 more
+    assert set(left) < set(kept[0].tolist())
+    assert kept[1].tolist() == top + list(range(96, 128))  # the next nearest are the next rows
+
+
+def test_an_image_without_mask_keeps_its_batch_whole(tmp_path):
+    dataset = DrawnImages(half_masked(tmp_path), replace(SETTINGS, token_reach=1))
+    assert dataset[draws_of(0, 2)].kept_tokens is None
+    assert dataset[draws_of(2, 2)].kept_tokens is None  # no masks at all
+
+
+def test_all_tokens_are_kept_unless_a_reach_is_given(tmp_path):
+    assert DrawnImages(half_masked(tmp_path), SETTINGS)[draws_of(0, 1)].kept_tokens is None
+
+
+def test_the_kept_tokens_are_those_of_the_mask_as_it_was_flipped_with_and_without_cache(tmp_path):
+    samples = half_masked(tmp_path, flip_aug=True)
+    settings = replace(SETTINGS, token_reach=1)
+    store = build_store(samples, settings_of(to_disk=False), StubEncoder())
+    fresh, cached = (DrawnImages(samples, settings, store=each) for each in (None, store))
+    seen = set()
+    for epoch in range(8):
+        draws = draws_of(0, epoch=epoch)
+        batch = fresh[draws]
+        assert torch.equal(batch.kept_tokens, kept_tokens(batch.masks, 1))
+        assert torch.equal(batch.kept_tokens, cached[draws].kept_tokens)
+        seen.add(tuple(batch.kept_tokens[0].tolist()))
+    assert {0 in each for each in seen} == {True, False}  # to the left, and to the right once flipped

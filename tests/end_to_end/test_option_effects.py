@@ -10,6 +10,8 @@ import torch
 from end_to_end.training_runs import Family, Trained, arguments, subset, write_toml
 from safetensors.torch import load_file, save_file
 
+from library.options.reference import IGNORED_BY_SCRIPT
+
 HUBER = ("--loss_type", "huber")
 OFFSET = ("--noise_offset", 0.5)
 OCTAVES = ("--multires_noise_iterations", 4)
@@ -58,10 +60,15 @@ def first_loss(family: Family, pictures, tmp_path_factory) -> Callable[..., floa
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NOISE_AND_LOSS)
-def test_an_option_of_noise_or_loss_changes_the_loss(name: str, first_loss: Callable[..., float]) -> None:
+def test_an_option_of_noise_or_loss_changes_the_loss(
+    name: str, family: Family, first_loss: Callable[..., float]
+) -> None:
     given, beside = NOISE_AND_LOSS[name]
     assert f"--{name}" == given[0]
-    assert abs(first_loss(*beside, *given) / first_loss(*beside) - 1) > 1e-4
+    if name in IGNORED_BY_SCRIPT.get(family.script, {}):
+        assert first_loss(*beside, *given) == first_loss(*beside)
+    else:
+        assert abs(first_loss(*beside, *given) / first_loss(*beside) - 1) > 1e-4
 
 
 # ---- the size of a step ----------------------------------------------------------------------------------------

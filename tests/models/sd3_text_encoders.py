@@ -83,3 +83,13 @@ def pipeline_of(encoders):
         )  # fmt: skip
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=T5_WIDTH))
     return pipeline
+
+
+def tiny_denoiser():
+    """Return a denoiser to stand beside text encoders that are checkpointed."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        layers_per_block=1, cross_attention_dim=8,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.models import checkpointing, float8, mmdit_blocks
+from library.models import block_swap, checkpointing, float8, mmdit_blocks
 from library.models.checkpoint import open_tensors
 from library.models.layout import mmdit as layout
 from library.models.mmdit import build, original_tensors, timestep_features
@@ -256,6 +256,25 @@ def test_a_swap_is_told_of_every_block_before_and_after_it():
     denoiser.swap = Listener()
     assert torch.equal(denoiser(*inputs()), expected)
     assert told == [(each, index) for index in range(3) for each in ("enter", "block", "leave")]
+
+
+@pytest.mark.parametrize("is_float8", [False, True])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_blocks_that_take_turns_on_the_device_give_the_same_gradients(is_checkpointed, is_float8):
+    def gradients(num_swapped):
+        denoiser = narrow(depth=5)
+        if is_float8:
+            float8.store(denoiser)
+        if is_checkpointed:
+            denoiser.enable_gradient_checkpointing()
+        block_swap.install(denoiser, num_swapped, torch.device("cpu"))
+        noisy, *rest = inputs()
+        output = denoiser(noisy.requires_grad_(), *rest, kept_tokens=KEPT)
+        output.square().mean().backward()
+        return output.detach(), noisy.grad
+
+    for each, wanted in zip(gradients(3), gradients(0), strict=True):
+        assert torch.equal(each, wanted)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler

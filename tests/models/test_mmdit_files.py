@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from library.errors import CheckpointError
 from library.models.checkpoint import Prefixed, open_tensors
 from library.models.layout import mmdit as layout
-from library.models.mmdit import build, build_from_diffusers, original_tensors
+from library.models.mmdit import build, build_from_diffusers, original_shapes, original_tensors
 from library.models.mmdit_files import FromDiffusers, diffusers_tensors
 from tests.models.mmdit_models import LAYOUTS, inputs, narrow, tensors
 from tests.tiny_models import tiny_sdxl
@@ -67,8 +67,9 @@ def test_float8_weights_with_factors_are_the_weights_they_stand_for(tmp_path):
 
 def test_rows_of_a_diffusers_file_are_those_of_the_original_tensor(tmp_path):
     weights = tensors(narrow())
-    file = FromDiffusers(written(tmp_path, diffusers_tensors(weights)))
-    assert file.shapes == {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    stored = written(tmp_path, diffusers_tensors(weights))
+    file = FromDiffusers(stored)
+    assert file.shapes == original_shapes(stored) == {name: tuple(each.shape) for name, each in weights.items()}
     name = "joint_blocks.0.x_block.attn2.qkv.weight"
     assert torch.equal(file.rows(name, 100, 200), weights[name][100:200])
 

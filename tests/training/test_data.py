@@ -1,4 +1,4 @@
-"""How pictures become latents before training: in batches of --vae_batch_size."""
+"""How pictures become latents before training, in batches of --vae_batch_size; which tokens batches leave out."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from library.dataset.plan import validation_batches
 from library.models.family import Parts
 from library.models.sd import Sd
 from library.options import Options, read_training
@@ -76,3 +77,35 @@ def test_leaving_tokens_out_goes_without_a_word_where_an_image_has_a_mask(argv, 
     options = read_training([*argv, "--mask_token_drop", "4", "--alpha_mask"], "sd3_train_network").options
     training_data.read(options, 64)
     assert "--mask_token_drop" not in caplog.text
+
+
+class Telling(Counting):
+    """Has one token for every caption."""
+
+    def tokenize(self, captions):
+        """Return zeros."""
+        return torch.zeros(len(captions), 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("drop", "num_kept"), [(["--mask_token_drop", "2"], 64), ([], None)])
+def test_batches_of_training_and_validation_leave_out_what_mask_token_drop_says(drop, num_kept, tmp_path) -> None:
+    """A stripe of 32 pixels at the left is learnt: with 2 cells beside it 48 of 256 tokens, rounded up to 64."""
+    folder = tmp_path / "images" / "1_cat"
+    folder.mkdir(parents=True)
+    picture = np.full((256, 256, 4), 90, np.uint8)
+    picture[..., 3] = 0
+    picture[:, :32, 3] = 255
+    for i in range(4):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    words = ["--train_data_dir", str(folder.parent), "--resolution", "256", "--alpha_mask", "--validation_split", "0.5"]
+    words += ["--network_module", "networks.lora", "--pretrained_model_name_or_path", "nowhere.safetensors"]
+    words += ["--output_dir", str(tmp_path / "out"), "--max_data_loader_n_workers", "0", *drop]
+    options = read_training(words, "sd3_train_network").options
+    data = training_data.read(options, 64)
+    assert len(data.validation) == 2
+    plan, stores, family = training_data.make_plan(data, options, 1, 1), training_data.Stores(), Telling()
+    trained = next(iter(training_data.load(data, options, plan, stores, family, 10)))
+    held_back = validation_batches(data.configs, data.validation, first_index=2, limit=None, step=10)
+    (validated, *_) = training_data.load_validation(data, options, held_back, 1, stores, family, 10)
+    for batch in (trained, validated):
+        assert (None if batch.kept_tokens is None else batch.kept_tokens.shape[1]) == num_kept

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.batch import Batch, Share
-from library.models.family import LatentSpace, Parts
+from library.models.family import LatentSpace, Parts, Plain
 from library.models.sd import Sd
 from library.objectives.ddpm import Ddpm
 from library.objectives.objective import Compared, Noised
@@ -32,12 +32,12 @@ def batch_of(
 # ---- by hand: a denoiser that multiplies by its one weight -----------------------------------------------------
 
 
-class Doubler:
+class Doubler(Plain):
     """A family whose denoiser gives its input times a weight; latents are halved on their way to it."""
 
     latent_space = LatentSpace(channels=1, scale=0.5)
 
-    def encode_text(self, parts: Parts, tokens: Tensor) -> None:
+    def encode_text(self, parts: Parts, tokens: Tensor, known: object = None) -> None:
         """Return nothing: the denoiser reads no text."""
 
     def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: None, batch: Batch) -> Tensor:
