@@ -207,21 +207,7 @@ def test_text_encoders_are_saved_with_what_was_trained_on_them(train, config, fa
     assert len(changed["clip_g"]) == 24
 
 
-# ---- positions, tokens, formats -----------------------------------------------------------------------------------
-@only_35
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--pos_emb_random_crop_rate", 1),
-        ("--enable_scaled_pos_embed",),
-        ("--training_shift", 3),
-        ("--weighting_scheme", "logit_normal"),
-    ],
-)
-def test_an_option_of_the_flow_changes_the_loss(options, train, config):
-    assert train(config, *options, name="changed").losses != train(config, name="plain").losses
-
-
+# ---- formats and files --------------------------------------------------------------------------------------------
 @only_35
 def test_weights_in_one_byte_train_much_as_whole_ones(train, config):
     plain = train(config, "--mixed_precision", "bf16", name="plain")
