@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.errors import OptionError
+from library.models.layout import lora_names
 
 # Positions in the full list: 0 BASE (text encoders), 1-12 IN00-IN11, 13 MID, 14-25 OUT00-OUT11.
 IN, MID, OUT, TOTAL = 1, 13, 14, 26
@@ -73,13 +74,15 @@ def _read_list(text: str) -> BlockWeights:
 
 
 def check_family(weights: Sequence[BlockWeights | None], names: Sequence[str], origin: object) -> None:
-    """Refuse lists for SDXL beside a file for SD 1.x or 2.x, and the reverse.
+    """Refuse lists for SDXL beside a file for SD 1.x or 2.x, the reverse, and any beside one for SD3.
 
     Raises: OptionError.
     """
     for each in weights:
         if each is None:
             continue
+        if lora_names.family_of(names) == lora_names.SD3:
+            raise OptionError(f"--lbws: there are no lists for SD3's blocks, and {origin} is for SD3. Leave it out.")
         is_for_sdxl = len(each.values) in SDXL_LENGTHS
         if any((_DIFFUSERS if is_for_sdxl else _ORIGINAL).match(name) for name in names):
             kinds = ("SDXL", "SD 1.x") if is_for_sdxl else ("SD 1.x", "SDXL")

@@ -29,6 +29,7 @@ ADVICE = {  # by what a model is, if it is not what the options say
     "sd_v1": "Leave out --v2 and --sdxl.",
     "sd_v2": "Add --v2, and leave out --sdxl.",
     "sdxl_base_v1-0": "Add --sdxl, and leave out --v2.",
+    "sd3": "A LoRA can be extracted from models of Stable Diffusion 1.x, 2.x and SDXL.",
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from library.errors import CheckpointError
 from library.models.family import LoraTarget
-from networks import files, settings
+from networks import files, settings, split_qkv
 from networks.blocks import layout_of
 from networks.layers import LayerMaker, LoraLayer
 from networks.network import LoraNetwork
@@ -147,6 +147,7 @@ class LoraFace:
         tensors = files.renamed(tensors, chosen)
         stored = files.modules_in(tensors, origin)
         warn_of_surplus(stored, chosen, origin)
+        split_qkv.warn_of_weak(stored, origin)
         wanted = self._settings_beside_file(kwargs, chosen)
         network = LoraNetwork(chosen, wanted, multiplier, stored, self.layers_for(kwargs, None))
         if wanted.is_listed:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from library.errors import CheckpointError
 from library.models.checkpoint import TensorSource, open_tensors
-from library.models.scaled_weights import Unscaled
+from library.models.scaled import unscaled
 from library.models.sd3_files import TITLES
 from library.models.sd3_text import ENCODERS
 from networks import files, into_checkpoint
@@ -66,12 +66,12 @@ def merge(
 
 
 def _model_job(model: Path, save_to: Path, advice: Mapping[str, str]) -> Job:
-    file = Unscaled(open_tensors(model))
+    file = unscaled(open_tensors(model))
     return Job(file, places(file, SD3, advice), save_to)
 
 
 def _text_job(text: TextFile) -> Job:
-    file = Unscaled(open_tensors(text.path))
+    file = unscaled(open_tensors(text.path))
     if any("joint_blocks." in name for name in file.shapes):
         raise CheckpointError(f"--{text.encoder} {text.path}: is a whole model. Give the file of a text encoder alone.")
     found = sd3_text_places(file, text.encoder)

@@ -109,6 +109,8 @@ def read(
     blocks = _blocks(given)
     if targets is not None:
         _check_model(targets, blocks)
+        if _switch(given, "train_t5xxl"):
+            _check_t5(targets)
     return Sd3Settings(
         size=basics.size,
         conv_size=basics.conv_size,
@@ -136,6 +138,13 @@ def _check_model(targets: Sequence[LoraTarget], blocks: frozenset[int] | None) -
             f"--network_args: train_block_indices names block {beyond[0]}, the model has {len(present)} blocks, "
             f"0 to {len(present) - 1}."
         )
+
+
+def _check_t5(targets: Sequence[LoraTarget]) -> None:
+    """Raise OptionError where text encoders are adapted, and T5 is not among them."""
+    kinds = {target.kind for target in targets if target.group == "text_encoder"}
+    if kinds and mmdit_lora.T5 not in kinds:
+        raise OptionError("--network_args: train_t5xxl=True, and the model has no T5. Give its file with --t5xxl.")
 
 
 def _rank(given: Mapping[str, Any], key: str) -> int | None:

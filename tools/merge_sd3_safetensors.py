@@ -80,13 +80,13 @@ def pack(options: PackOptions) -> None:
         log.warning("--device has no effect: tensors are copied, nothing is computed")
 
     from library.models.checkpoint import open_tensors
-    from library.models.scaled_weights import Unscaled
+    from library.models.scaled import unscaled
     from networks import files, streaming
 
     dtype = command_line.dtype_of(options.save_precision)
     # In another format weights need no factors any more, which some float8 files hold beside them.
     opened: Callable[[Path], TensorSource] = (
-        open_tensors if dtype is None else lambda path: Unscaled(open_tensors(path))
+        open_tensors if dtype is None else lambda path: unscaled(open_tensors(path))
     )
     tensors = collected({name: opened(path) for name, path in paths.items()})
 

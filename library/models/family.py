@@ -70,6 +70,7 @@ class ModelFamily(Protocol):
     latent_space: LatentSpace
     bucket_step_multiple: int  # what the sides of a bucket are multiples of
     preview_side: int  # pixels, of previews whose prompts name no size
+    side_multiple: int  # pixels, what the sides of pictures are multiples of
     # of other families: how a name in a LoRA file starts, what such a file is, its training script
     other_networks: tuple[tuple[str, str, str], ...]
 

@@ -17,11 +17,12 @@ from library.models.layout.mmdit import HEAD_WIDTH, POSITIONS, MmditShape
 from library.models.mmdit_blocks import FinalLayer, JointBlock, PatchEmbedder, VectorEmbedder
 from library.models.mmdit_files import FromDiffusers
 from library.models.mmdit_positions import Positions
-from library.models.scaled_weights import Unscaled
+from library.models.scaled import unscaled
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10000.0
 PART = "MMDiT"
+MOST_KINDS = 64  # of compiled blocks
 
 RunBlock = Callable[..., Any]
 
@@ -136,6 +137,12 @@ class Mmdit(nn.Module):
 
     def compile_repeated_blocks(self, backend: str) -> None:
         """Compile each joint block in place; names of weights stay as they are."""
+        from torch._dynamo import config
+
+        # torch counts the blocks' four kinds, for a picture's first and its other sizes, with gradients and without,
+        # as one function's, and computes without a compiler beyond eight
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+        setattr(config, limit, max(getattr(config, limit), MOST_KINDS))
         for block in self.joint_blocks:
             block.compile(backend=backend)
 
@@ -205,7 +212,7 @@ def build(file: TensorSource, dtype: torch.dtype) -> Mmdit:
     Raises:
         CheckpointError: tensors are missing, of a wrong shape, or of something that this model does not have.
     """
-    return _built(Unscaled(file), file, lambda name: (name,), dtype)
+    return _built(unscaled(file), file, lambda name: (name,), dtype)
 
 
 def build_from_diffusers(file: TensorSource, dtype: torch.dtype) -> Mmdit:

@@ -41,6 +41,7 @@ class Sd(Plain):
     latent_space = LatentSpace(channels=4, scale=SCALE)
     bucket_step_multiple = 64  # the U-Net halves latents three times
     preview_side = 512
+    side_multiple = 8
     other_networks = recognition.other_networks(recognition.SD)
 
     @classmethod

@@ -51,6 +51,7 @@ class Sd3(Plain):
     latent_space = LatentSpace(channels=CHANNELS, scale=SCALE, shift=SHIFT)
     bucket_step_multiple = 32  # as sd-scripts; the MMDiT itself takes multiples of 16
     preview_side = 1024
+    side_multiple = 16
     prediction_type = "flow"
     other_networks = recognition.other_networks(recognition.SD3)
     leaves_text_layers_out = False  # the pooled text is the last layer's

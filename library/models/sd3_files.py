@@ -141,8 +141,8 @@ def _check_widths(files: Files, sources: Mapping[str, TensorSource | None]) -> N
     t5_width = widths.get("t5xxl", shape.context_width)
     if t5_width != shape.context_width:
         raise CheckpointError(
-            f"{files.checkpoint}: takes rows of text of width {shape.context_width}, and this T5's are {t5_width} wide. "
-            "Give the model's own."
+            f"{files.checkpoint}: takes rows of text of width {shape.context_width}, and this T5's are {t5_width} "
+            "wide. Give the model's own."
         )
     clips = [widths[name] for name in CLIP if name in widths]
     if sum(clips) > shape.pooled_width or (len(clips) == len(CLIP) and sum(clips) != shape.pooled_width):

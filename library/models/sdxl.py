@@ -46,6 +46,7 @@ class Sdxl(Plain):
     latent_space = LatentSpace(channels=4, scale=SCALE)
     bucket_step_multiple = 32  # the U-Net halves latents twice
     preview_side = 1024
+    side_multiple = 8
     other_networks = recognition.other_networks(recognition.SDXL)
     leaves_text_layers_out = True  # of the first text encoder the last
     base_model_version = "sdxl_base_v1-0"

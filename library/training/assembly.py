@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
-from library.models import float8
+from library.models import block_swap, float8
 from library.training import changes, distribution, file_metadata, fused, optimizers, schedules, state, trainee
 from library.training import data as training_data
 from library.training.data import Data, Stores
@@ -228,6 +228,9 @@ def make_trainee(setting: Setting, parts: Parts) -> trainee.NetworkTrainee:
             dtypes=(formats.trained, save_dtype(options.saving.save_precision)),
             device=setting.accelerator.device,
         )
+        # not sooner: a network may want to read the weights that it is made for
+        if options.training.blocks_to_swap:
+            block_swap.install(parts.denoiser, options.training.blocks_to_swap, setting.accelerator.device)
         for model in formats.float8_parts(parts):
             float8.try_adapted(model, formats.frozen)
     if options.training.gradient_checkpointing:

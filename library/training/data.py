@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ class Stores:
     texts: TextStore | None = None  # None: captions are
 
 
-def read(options: Options, bucket_step_multiple: int) -> Data:
+def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) -> Data:
     """Return the samples of the run, all of them usable.
 
     Raises: OptionError or DataError for the first thing that is wrong.
@@ -67,6 +67,7 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
         options.validation,
         bucket_step_multiple=bucket_step_multiple,
     )
+    configs = tuple(in_whole_tokens(each, side_multiple) for each in configs)
     found = own_class.scan_any(configs, options.dataset, options.model.max_token_length)
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
@@ -89,6 +90,20 @@ def read(options: Options, bucket_step_multiple: int) -> Data:
 def _warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
     if reach is not None and all(sample.mask.kind == "none" for sample in samples):
         log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
+
+
+def in_whole_tokens(config: DatasetConfig, side_multiple: int) -> DatasetConfig:
+    """Return the config with a resolution that the model can take; buckets are finer multiples already.
+
+    Args:
+        config: of a dataset.
+        side_multiple: pixels, what the sides of pictures are multiples of.
+    """
+    width, height = (side // side_multiple * side_multiple for side in config.resolution)
+    if config.enable_bucket or (width, height) == config.resolution:
+        return config
+    log.warning("resolution %dx%d becomes %dx%d, multiples of %d", *config.resolution, width, height, side_multiple)
+    return replace(config, resolution=(width, height))
 
 
 def make_plan(data: Data, options: Options, seed: int, num_processes: int) -> RunPlan:

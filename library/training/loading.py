@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from library.models import block_swap, float8
+from library.models import float8
 from library.models.family import Parts
 from library.training import data as training_data
 from library.training import text_cache, trainee
@@ -105,14 +105,12 @@ def settle_weights(setting: Setting, parts: Parts) -> None:
             float8.store(model)
     blocks_to_swap, device = setting.options.training.blocks_to_swap, setting.accelerator.device
     place_text_encoders(setting, parts)
-    if not blocks_to_swap:  # such a denoiser may be larger than the device
+    if not blocks_to_swap:  # a denoiser that may be larger than the device is placed once the network is made
         parts.denoiser.to(device)
     if not has_merged:
         merge_base_weights(setting, parts)
         for model in formats.float8_parts(parts):
             float8.store(model)
-    if blocks_to_swap:
-        block_swap.install(parts.denoiser, blocks_to_swap, device)
     setting.family.fit_to(parts.denoiser, [config.resolution for config in setting.checked.data.configs])
 
 

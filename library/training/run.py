@@ -59,7 +59,9 @@ def train(options: Options, family: ModelFamily) -> None:
     Raises: UserError for what is the user's to mend; KeyboardInterrupt after a run that was stopped and saved.
     """
     if options.dataset.debug_dataset:
-        reporting.show_dataset(training_data.read(options, family.bucket_step_multiple), options.saving)
+        reporting.show_dataset(
+            training_data.read(options, family.bucket_step_multiple, family.side_multiple), options.saving
+        )
         return
     started_at = time.time()
     checked = check(options, family)
@@ -157,7 +159,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
             soundness.check(file, option, family.other_networks)
     optimizers.check(options.optimizer)
     schedules.check(options.schedule)
-    prompts = tuple(sampling.check(options.sampling, family.preview_side))
+    prompts = tuple(sampling.check(options.sampling, family.preview_side, family.side_multiple))
     saving.check_output(options.saving)
     formats = Precision.of(
         options.training.mixed_precision,
@@ -173,7 +175,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
     resumed = find_state(options)
     if resumed is not None:
         changes.refuse_other_kinds(resumed.manifest, options)
-    data = training_data.read(options, family.bucket_step_multiple)
+    data = training_data.read(options, family.bucket_step_multiple, family.side_multiple)
     distribution.check_validation(options.deepspeed, len(data.validation))
     if options.caching.cache_latents_to_disk:
         cache_dir = Path(options.caching.cache_dir) if options.caching.cache_dir else None

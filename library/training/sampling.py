@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from library.progress import progress
 from library.training.painting import Drawing, Painter
-from library.training.prompts import SIDE, SamplePrompt, read_prompts
+from library.training.prompts import SIDE, SIDE_STEP, SamplePrompt, read_prompts
 from library.training.saving import saved_file
 from library.training.schedulers import SAMPLERS, check_sampler
 
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check(options: SamplingOptions, side: int = SIDE) -> list[SamplePrompt]:
+def check(options: SamplingOptions, side: int = SIDE, multiple: int = SIDE_STEP) -> list[SamplePrompt]:
     """Return the prompts to be drawn, none when no previews are asked for; to be called before anything slow.
 
     Args:
         options: the sampling group.
         side: pixels, of pictures whose prompts name no size.
+        multiple: pixels; sides are made smaller to be multiples of it.
 
     Raises: DataError for a prompt file that cannot be read, OptionError for an unknown sampler in it.
     """
@@ -40,7 +41,10 @@ def check(options: SamplingOptions, side: int = SIDE) -> list[SamplePrompt]:
         return []
     if not (options.sample_at_first or options.sample_every_n_epochs or options.sample_every_n_steps):
         return []
-    prompts = read_prompts(Path(options.sample_prompts), side)
+    prompts = [
+        replace(prompt, width=prompt.width // multiple * multiple, height=prompt.height // multiple * multiple)
+        for prompt in read_prompts(Path(options.sample_prompts), side)
+    ]
     for number, prompt in enumerate(prompts, start=1):
         if prompt.sample_sampler:
             check_sampler(prompt.sample_sampler, f"{options.sample_prompts}: prompt {number}")

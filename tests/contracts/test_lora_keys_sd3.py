@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from library.models import lora_targets
+from library.models import lora_targets, mmdit
 from networks import lora, lora_sd3
-from tests.models.reference import read
-from tests.networks.sd3_parts import true_size
+from tests.models.reference import Shapes, read
+from tests.networks.sd3_parts import PREFIX, true_size
 
 RANK = 4
 ARCHITECTURES = ("sd3m", "sd35m", "sd35l")
@@ -57,6 +57,19 @@ def test_a_file_has_the_names_and_shapes_of_sd_scripts_in_their_order(
     made = shapes_of(lora_sd3, targets[architecture], is_text_trained=is_text_trained, arguments=arguments)
     assert list(made.items()) == list(frozen(architecture, variant).items())
     assert sum(name.endswith(".alpha") for name in made) == NUM_MODULES[architecture][variant]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_denoiser_that_is_trained_has_these_layers(architecture: str, targets: dict[str, Any]) -> None:
+    shapes = Shapes(read(f"models/base_keys_{architecture}.json.gz")["required"], PREFIX).shapes
+    shape = mmdit.shape_of(shapes, architecture)
+    with torch.device("meta"):
+        denoiser = mmdit.Mmdit(shape, torch.empty(shapes["pos_embed"]))
+
+    def described(found: Any) -> list[tuple[str, str, int | None, tuple[int, ...]]]:
+        return [(t.name, t.kind, t.block, tuple(t.module.weight.shape)) for t in found if t.group == "unet"]
+
+    assert described(lora_targets.of_mmdit(denoiser)) == described(targets[architecture])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

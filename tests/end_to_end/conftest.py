@@ -16,6 +16,7 @@ OF_EVERY_FAMILY = (
     "test_options",
     "test_previews_and_report",
     "test_reproducibility",
+    "test_sd3",
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from end_to_end.training_runs import SD35M, Pictures, Trained, arguments, differing, subset, write_toml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sd3_apart
 
@@ -94,6 +95,22 @@ def test_a_text_encoders_own_file_is_used_in_place_of_the_models(
     assert abs(other.losses[0] / same.losses[0] - 1) > 1e-6
 
 
+def test_what_lies_far_from_the_mask_is_not_computed(pictures: Pictures, tmp_path: Path) -> None:
+    masked = subset(pictures.photos, conditioning_data_dir=str(pictures.photo_masks))
+    config = write_toml(tmp_path / "d.toml", masked, resolution=256)  # 256 tokens, of which half are learnt
+
+    def loss(*more: object) -> float:
+        folder = tmp_path / "-".join(("run", *map(str, more)))
+        argv = arguments(SD35M, folder, config, "--max_train_steps", 1, *more)
+        assert SD35M.run(*argv) == 0
+        return Trained(folder, tuple(argv)).losses[0]
+
+    whole, half = loss(), loss("--mask_token_drop", 0)
+    assert loss("--mask_token_drop", 32) == whole  # the other half is 16 cells wide
+    assert half == pytest.approx(whole, rel=0.2)
+    assert half != whole
+
+
 def test_t5_may_be_on_the_cpu(first_step: Callable[..., Trained]) -> None:
     assert first_step("--t5xxl_device", "cpu").losses == first_step().losses
 
@@ -107,6 +124,16 @@ def test_blocks_that_are_swapped_train_the_same_to_the_bit(number: int, first_st
 
 def test_a_file_that_is_not_mapped_trains_the_same(first_step: Callable[..., Trained]) -> None:
     assert first_step("--disable_mmap_load_safetensors").losses == first_step().losses
+
+
+def test_a_preview_whose_sides_the_model_cannot_take_is_a_little_smaller(
+    first_step: Callable[..., Trained], tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a cat --w 72 --h 104 --s 2 --l 1 --ss heun")
+    run = first_step("--sample_prompts", tmp_path / "p.txt", "--sample_at_first", "--mixed_precision", "bf16")
+    (picture,) = (run.folder / "out" / "sample").glob("*.png")
+    with Image.open(picture) as image:
+        assert image.size == (64, 96)
 
 
 @pytest.mark.parametrize(("option", "names"), [("--save_clip", ("clip_g", "clip_l")), ("--save_t5xxl", ("t5xxl",))])

@@ -290,6 +290,27 @@ def test_compiled_blocks_give_the_same_gradients_and_names(is_checkpointed):
     assert list(denoiser.state_dict()) == names
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+def test_blocks_of_every_kind_and_size_are_compiled():
+    """By itself torch gives up after eight, and computes on without its compiler."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    denoiser = narrow()
+    denoiser.compile_repeated_blocks(backend)
+    for has_gradient in (True, False):
+        for batch, height in ((2, 8), (2, 12), (1, 12)):
+            with torch.set_grad_enabled(has_gradient):
+                denoiser(*inputs(batch, height))
+    kinds = len(graphs)
+    denoiser(*inputs(2, 20))
+    assert kinds == len(graphs) > 8
+
+
 # ---- half precision -----------------------------------------------------------------------------------------------
 def rounded(denoiser):
     for weight in denoiser.parameters():

@@ -159,7 +159,7 @@ def test_a_missing_text_encoder_is_named_and_gives_zeros(caplog):
 
 def test_a_model_without_any_text_encoder_is_refused():
     family = apart(clip_l=None, clip_g=None, t5xxl=None)
-    with pytest.raises(CheckpointError, match="holds no text encoder.*--clip_l, --clip_g and --t5xxl"):
+    with pytest.raises(CheckpointError, match=r"holds no text encoder.*--clip_l, --clip_g and --t5xxl"):
         family.load_text_encoders(family.checkpoint, torch.float32)
 
 
@@ -174,7 +174,7 @@ def test_a_t5_of_another_width_is_refused(tmp_path):
     size = replace(SD3[KIND], text=(32, 48, 128))
     other = maker.write_apart(tmp_path, precision="float", size=size) / "t5xxl.safetensors"
     family = apart(t5xxl=str(other))
-    with pytest.raises(CheckpointError, match="96.*128"):
+    with pytest.raises(CheckpointError, match=r"96.*128"):
         family.load_text_encoders(family.checkpoint, torch.float32)
 
 

@@ -137,6 +137,13 @@ def test_t5_is_adapted_only_when_asked_for(make):
     assert (network.train_t5xxl, make().train_t5xxl) == (True, False)
 
 
+def test_a_t5_that_is_not_there_cannot_be_trained():
+    text_encoders, denoiser = narrow()
+    chosen = tuple(lora_targets.of([*text_encoders[:2], Absent()], denoiser))
+    with pytest.raises(OptionError, match=r"the model has no T5\. Give its file with --t5xxl"):
+        lora_sd3.create_network(1.0, 4, 1.0, None, None, None, targets=chosen, train_t5xxl="True")
+
+
 @pytest.mark.parametrize("value", ["true", "TRUE", True])
 def test_switches_may_be_written_in_any_case(make, value):
     assert make(train_t5xxl=value).train_t5xxl

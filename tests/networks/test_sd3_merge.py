@@ -11,7 +11,16 @@ from tiny_models import tiny_sd3, tiny_sd3_apart, tiny_sd15, tiny_sdxl
 from library.models.checkpoint import Prefixed, open_tensors
 from library.models.lora_targets import of_sd3
 from library.models.mmdit import build
-from networks import lora_sd3, merge_lora, resize_lora, sd3_merge_lora, sdxl_merge_lora, svd_merge_lora
+from networks import (
+    check_lora_weights,
+    extract_lora_from_models,
+    lora_sd3,
+    merge_lora,
+    resize_lora,
+    sd3_merge_lora,
+    sdxl_merge_lora,
+    svd_merge_lora,
+)
 from networks.checkpoint_places import SD3, places
 from networks.files import modules_in
 
@@ -248,6 +257,32 @@ def test_the_commands_that_need_no_model_take_files_for_sd3(tmp_path, whole) -> 
     assert worst_error(deltas(out), deltas(whole)) < 1e-5
     assert merge_lora.main(f"--models {whole} --ratios 0.5 --save_to {out}".split()) == 0
     assert worst_error(deltas(out), linear_sum([whole], [0.5])) < 1e-5
+
+
+def test_weights_are_listed(capsys, whole) -> None:
+    assert check_lora_weights.main([str(whole)]) == 0
+    assert "lora_unet_joint_blocks_0_x_block_attn2_qkv.lora_up.weight" in capsys.readouterr().out
+
+
+def test_weights_of_blocks_are_refused(tmp_path, capsys, whole) -> None:
+    lists = f"[{','.join(['1'] * 12)}]"
+    argv = f"--models {whole} --ratios 1 --save_to {tmp_path / 'out.safetensors'} --lbws {lists}".split()
+    for command in (svd_merge_lora, sdxl_merge_lora):
+        assert command.main(argv) == 2
+        assert "there are no lists for SD3's blocks" in error_line(capsys.readouterr().err)
+
+
+def test_nothing_is_extracted_from_sd3_models(tmp_path, capsys, model) -> None:
+    argv = f"--model_org {model} --model_tuned {model} --save_to {tmp_path / 'out.safetensors'}"
+    assert extract_lora_from_models.main(argv.split()) == 2
+    assert "A LoRA can be extracted from models of" in error_line(capsys.readouterr().err)
+
+
+def test_a_lora_of_the_embedders_alone_is_known_for_sd3(tmp_path, whole) -> None:
+    alone = {name: tensor for name, tensor in load_file(whole).items() if "_embedder" in name or "final_layer" in name}
+    save_file(alone, tmp_path / "alone.safetensors")
+    merge([tmp_path / "alone.safetensors"], [1], tmp_path / "out.safetensors")
+    assert metadata_of(tmp_path / "out.safetensors")["ss_network_module"] == "networks.lora_sd3"
 
 
 @pytest.mark.parametrize("command", [merge_lora, sdxl_merge_lora])

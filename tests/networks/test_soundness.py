@@ -28,6 +28,13 @@ def test_whole_numbers_are_no_reason_to_refuse(tmp_path: Path) -> None:
     soundness.check(str(tmp_path / "a.safetensors"), "--base_weights", ())
 
 
+@pytest.mark.parametrize("name", ["model.diffusion_model.out.2.weight", "joint_blocks.0.x_block.attn.qkv.weight"])
+def test_a_whole_model_is_no_network(tmp_path: Path, name: str) -> None:
+    save_file({name: torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: is a whole model"):
+        soundness.check(str(tmp_path / "a.safetensors"), "--network_weights", ())
+
+
 def test_a_file_for_another_family_names_its_script(tmp_path: Path) -> None:
     save_file({name: torch.ones(2, 2) for name in NAMES}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"--base_weights .* is a thing\. Train it with thing\.py"):

@@ -143,6 +143,19 @@ def test_a_file_of_sd_scripts_goes_on_at_the_strength_it_was_trained_with(traine
     assert "stored at a third of the strength" in caplog.text
 
 
+@pytest.mark.parametrize("factor", [1, 1 / 3])
+def test_a_file_of_sd_scripts_is_told_of_where_it_stays_as_weak_as_it_is(factor: float, trained, caplog) -> None:
+    network = make()
+    trained(network)
+    tensors = {n: t * factor if n.endswith("qkv.alpha") else t for n, t in network.state_dict().items()}
+    made, _ = lora_sd3.create_network_from_weights(
+        1.0, None, None, None, None, weights_sd=tensors, targets=narrow_targets()
+    )
+    made.load_state_dict(tensors)
+    assert qkv_of(made).scale == pytest.approx(0.5 * factor)
+    assert ("act with a third of the strength" in caplog.text) == (factor < 1)
+
+
 def test_a_file_of_this_project_is_not_taken_for_one_of_sd_scripts(trained, tmp_path: Path, caplog) -> None:
     network, other = make(alpha=2.0), make()
     trained(network)

@@ -90,6 +90,17 @@ def test_files_count_by_name_and_the_cache_by_whether_there_is_one(caplog) -> No
     ]
 
 
+def test_options_of_sd3_count_unless_they_only_move_things_about(caplog) -> None:
+    moved = build_all({"blocks_to_swap": 8, "t5xxl_device": "cpu", "save_clip": True, "save_t5xxl": True})
+    assert told(build_all({}), moved, caplog) == []
+    other = build_all({"training_shift": 3.0, "t5_dropout_rate": 0.1, "mask_token_drop": 4})
+    assert told(build_all({}), other, caplog) == [
+        "--resume: --mask_token_drop was not given, is 4",
+        "--resume: --t5_dropout_rate was 0.0, is 0.1",
+        "--resume: --training_shift was 1.0, is 3.0",
+    ]
+
+
 def test_another_number_of_processes_is_told(caplog) -> None:
     assert told(build_all({}), build_all({}), caplog, num_processes=2) == ["--resume: --num_processes was 1, is 2"]
 

@@ -312,6 +312,14 @@ def test_prompts_without_a_time_are_not_read(tmp_path: Path) -> None:
     assert check(SamplingOptions(sample_prompts=str(tmp_path / "absent.txt"))) == []
 
 
+def test_sides_of_a_prompt_become_multiples_of_what_the_model_takes(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat --w 1000 --h 72\na dog --w 64")
+    sampling = SamplingOptions(sample_prompts=str(tmp_path / "p.txt"), sample_at_first=True)
+    sizes = [(prompt.width, prompt.height) for prompt in check(sampling, 1024, 16)]
+    assert sizes == [(992, 64), (64, 1024)]
+    assert [(prompt.width, prompt.height) for prompt in check(sampling)] == [(1000, 72), (64, 512)]
+
+
 def test_an_unknown_sampler_in_a_prompt_is_told_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat\na dog --ss eular")
     with pytest.raises(OptionError, match=r"p.txt: prompt 2: unknown sampler eular\. Did you mean euler\?"):

@@ -19,7 +19,7 @@ TITLES = {SD: "Stable Diffusion 1.x or 2.x", SDXL: "SDXL", SD3: "Stable Diffusio
 
 _DIFFUSERS = re.compile(UNET + r"(down_blocks|up_blocks|mid_block)_")
 _SIGNS = (  # (what some module's name starts with, whose it is)
-    (SD3, re.compile(UNET + r"joint_blocks_|lora_te3_")),
+    (SD3, re.compile(UNET + r"(joint_blocks|context_embedder|y_embedder_mlp)|lora_te3_")),
     (SDXL, re.compile(UNET + r"(input_blocks|middle_block|output_blocks)_")),
     # The finest level of SDXL has no attention, and there is no fourth.
     (SD, re.compile(rf"lora_te_|{UNET}(down_blocks_0_attentions|up_blocks_2_attentions|(down|up)_blocks_3)_")),
