@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,25 +38,12 @@ class Size:
 def build(seed: int = 0, size: Size | None = None) -> Parts:
     """Return the model's parts in float32, with weights that depend on nothing but seed and size."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     size = size or Size()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=size.text,
-                intermediate_size=size.text * 4,
-                num_hidden_layers=size.text_layers,
-                num_attention_heads=max(1, size.text // 64),
-                hidden_act="gelu" if size.v2 else "quick_gelu",
-                projection_dim=size.text,
-                bos_token_id=BOS,
-                eos_token_id=EOS,
-                pad_token_id=EOS,
-            )
-        )
+        text_encoder = CLIPTextModel(clip_config(size.text, size.text_layers, "gelu" if size.v2 else "quick_gelu"))
         unet = UNet2DConditionModel(
             sample_size=64,
             block_out_channels=size.unet,
@@ -75,6 +63,24 @@ def build(seed: int = 0, size: Size | None = None) -> Parts:
     if size.vae[0] % CARRYING_WIDTH == 0 and size.vae[-1] % CARRYING_WIDTH == 0:
         shape_vae(vae)
     return Parts(unet.eval(), (text_encoder.eval(),), vae.eval())
+
+
+def clip_config(width: int, layers: int, activation: str) -> Any:
+    """Return the configuration of a CLIP text encoder with CLIP's words."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=width * 4,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        hidden_act=activation,
+        projection_dim=width,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
 
 
 def write(path: Path, seed: int = 0, precision: str = "fp16", size: Size | None = None) -> Path:

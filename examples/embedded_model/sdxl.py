@@ -13,10 +13,9 @@ import torch
 if __package__ in (None, ""):  # started as a file: the project's folder is two levels up
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.embedded_model.make import PRECISIONS, write_tokenizer
+from examples.embedded_model.make import PRECISIONS, clip_config, write_tokenizer
 from examples.embedded_model.starting_weights import CARRYING_WIDTH, shape_unet, shape_vae
 from library.models.checkpoint import write_safetensors
-from library.models.clip_tokens import BOS, EOS
 from library.models.family import Parts
 from library.models.sdxl import original_tensors
 
@@ -38,24 +37,13 @@ class SdxlSize:
 def build(seed: int = 0, size: SdxlSize | None = None) -> Parts:
     """Return the model's parts in float32, with weights that depend on nothing but seed and size."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     size = size or SdxlSize()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         configs = [
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=width,
-                intermediate_size=width * 4,
-                num_hidden_layers=layers,
-                num_attention_heads=max(1, width // 64),
-                hidden_act=activation,
-                projection_dim=width,
-                bos_token_id=BOS,
-                eos_token_id=EOS,
-                pad_token_id=EOS,
-            )
+            clip_config(width, layers, activation)
             for width, layers, activation in zip(size.text, size.text_layers, ("quick_gelu", "gelu"), strict=True)
         ]
         text_encoders = CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.batch import Batch
+from library.models import vae
 from library.objectives.objective import Objective
 
 if TYPE_CHECKING:
@@ -175,9 +176,44 @@ class ModelFamily(Protocol):
 
 
 class Plain:
-    """The answers of a family to which nothing of this applies."""
+    """What families have in common, and the answers of one to which nothing special applies."""
 
     saved_texts: tuple[str, ...] = ()
+
+    def load(
+        self: ModelFamily,
+        checkpoint: str,
+        vae_path: str | None,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype | None = None,
+    ) -> Parts:
+        """Return the models of a single file, a diffusers folder or a hub id, on the CPU, frozen, in eval mode.
+
+        Args:
+            checkpoint: --pretrained_model_name_or_path.
+            vae_path: --vae: a VAE file, a full checkpoint, a folder or a hub id; None for the checkpoint's own.
+            dtype: of the denoiser and the text encoders.
+            vae_dtype: of the VAE, where it differs.
+
+        Raises:
+            CheckpointError: says what is wrong with the file and what to do.
+        """
+        return Parts(
+            self.load_denoiser(checkpoint, dtype),
+            self.load_text_encoders(checkpoint, dtype),
+            self.load_vae(checkpoint, vae_path, vae_dtype or dtype),
+        )
+
+    def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return latents (B, C, h, w), not scaled, of images (B, 3, H, W) in [-1, 1].
+
+        Args:
+            parts: only the VAE is used.
+            images: on the VAE's device.
+            noise: (B, C, h, w) standard normal, which decides the draw from the VAE's distribution; None: fresh.
+        """
+        assert parts.vae is not None, "images are encoded while there is a VAE"
+        return vae.encode(parts.vae, images, noise)
 
     @property
     def caches_all_text(self) -> bool:

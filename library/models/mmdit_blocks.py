@@ -92,10 +92,11 @@ class Begun:
     modulations: Sequence[Tensor]  # (B, 1, D): shift, scale and gate of the attention, the MLP, the second attention
 
 
-class Stream(nn.Module):
+class SingleDiTBlock(nn.Module):
     """The picture's or the text's half of a joint block.
 
-    The last block's text is read and then dropped: that half has neither output nor MLP.
+    The last block's text is read and then dropped: that half has neither output nor MLP. The name is that of the field,
+    by which network modules of other packages find the layers to adapt.
     """
 
     def __init__(self, shape: MmditShape, *, is_read_only: bool = False, has_second: bool = False) -> None:
@@ -141,8 +142,8 @@ class JointBlock(nn.Module):
     def __init__(self, shape: MmditShape, index: int) -> None:
         super().__init__()
         self.is_last = index == shape.depth - 1
-        self.context_block = Stream(shape, is_read_only=self.is_last)
-        self.x_block = Stream(shape, has_second=index < shape.num_dual)
+        self.context_block = SingleDiTBlock(shape, is_read_only=self.is_last)
+        self.x_block = SingleDiTBlock(shape, has_second=index < shape.num_dual)
 
     def forward(self, x: Tensor, context: Tensor, activated: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the picture's tokens (B, N, D) and the text's (B, M, D), which are None after the last block."""

@@ -58,26 +58,6 @@ class Sd(Plain):
         )
 
     # ---- files -------------------------------------------------------------------------------------------------
-    def load(
-        self, checkpoint: str, vae_path: str | None, dtype: torch.dtype, vae_dtype: torch.dtype | None = None
-    ) -> Parts:
-        """Return the models of a single file, a diffusers folder or a hub id, on the CPU, frozen, in eval mode.
-
-        Args:
-            checkpoint: --pretrained_model_name_or_path.
-            vae_path: --vae: a VAE file, a full checkpoint, a folder or a hub id; None for the checkpoint's own.
-            dtype: of the U-Net and the text encoder.
-            vae_dtype: of the VAE, where it differs.
-
-        Raises:
-            CheckpointError: says what is wrong with the file and what to do.
-        """
-        return Parts(
-            self.load_denoiser(checkpoint, dtype),
-            self.load_text_encoders(checkpoint, dtype),
-            self.load_vae(checkpoint, vae_path, vae_dtype or dtype),
-        )
-
     def load_denoiser(self, checkpoint: str, dtype: torch.dtype) -> nn.Module:
         """Return the U-Net alone, as `load` does."""
         if not folders.is_file(checkpoint):
@@ -188,17 +168,6 @@ class Sd(Plain):
         return outputs["hidden_states"]
 
     # ---- images ------------------------------------------------------------------------------------------------
-    def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return latents (B, 4, h, w), not scaled, of images (B, 3, H, W) in [-1, 1].
-
-        Args:
-            parts: only the VAE is used.
-            images: on the VAE's device.
-            noise: (B, 4, h, w) standard normal, which decides the draw from the VAE's distribution; None: fresh.
-        """
-        assert parts.vae is not None, "cached images are not encoded"
-        return vae.encode(parts.vae, images, noise)
-
     def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """Return the U-Net's output (B, 4, h, w): noise, or velocity for a v-parameterised model.
 

@@ -85,32 +85,12 @@ class Sd3(Plain):
         """The name of the base model in files: medium, 5-medium or 5-large, as its weights show."""
         return self._files_of(self.checkpoint).shape().name
 
-    def load(
-        self, checkpoint: str, vae_path: str | None, dtype: torch.dtype, vae_dtype: torch.dtype | None = None
-    ) -> Parts:
-        """Return the models of a single file, a diffusers folder or a hub id, on the CPU, frozen, in eval mode.
-
-        Args:
-            checkpoint: --pretrained_model_name_or_path.
-            vae_path: --vae: a VAE file, a full checkpoint, a folder or a hub id; None for the checkpoint's own.
-            dtype: of the MMDiT and the text encoders.
-            vae_dtype: of the VAE, where it differs.
-
-        Raises:
-            CheckpointError: says what is wrong with the file and what to do.
-        """
-        return Parts(
-            self.load_denoiser(checkpoint, dtype),
-            self.load_text_encoders(checkpoint, dtype),
-            self.load_vae(checkpoint, vae_path, vae_dtype or dtype),
-        )
-
     def load_denoiser(self, checkpoint: str, dtype: torch.dtype) -> nn.Module:
         """Return the MMDiT alone, as `load` does."""
         return sd3_files.load_denoiser(self._files_of(checkpoint), dtype)
 
     def load_text_encoders(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, ...]:
-        """Return CLIP-L, CLIP-G and T5 alone, as `load` does; `Absent` for one that is nowhere."""
+        """Return CLIP-L, CLIP-G and T5 alone, on the CPU, frozen, in eval mode; `Absent` for one that is nowhere."""
         return sd3_files.load_text_encoders(self._files_of(checkpoint), dtype, self.t5_dtype)
 
     def load_beside_cache(self, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, ...]:
@@ -193,17 +173,6 @@ class Sd3(Plain):
         return sd3_text.text_of(outputs)
 
     # ---- images ------------------------------------------------------------------------------------------------
-    def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return latents (B, 16, h, w), not scaled, of images (B, 3, H, W) in [-1, 1].
-
-        Args:
-            parts: only the VAE is used.
-            images: on the VAE's device.
-            noise: (B, 16, h, w) standard normal, which decides the draw from the VAE's distribution; None: fresh.
-        """
-        assert parts.vae is not None, "images are encoded while there is a VAE"
-        return vae.encode(parts.vae, images, noise)
-
     def augmented(self, batch: Batch) -> Batch:
         """Return a batch with the text encoders that are not heard, and where the window of positions lies.
 
