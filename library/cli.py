@@ -18,9 +18,10 @@ log = logging.getLogger(__name__)
 
 WRONG_USE, INTERRUPTED = 2, 130  # exit codes: as argparse; as a shell reports Ctrl-C
 HANDLER = "masked training"
+NETWORK = "library.training.method:NetworkMethod"  # a network on top of the models is trained
 
 
-def main(script: str, family: str, argv: Sequence[str] | None = None) -> int:
+def main(script: str, family: str, argv: Sequence[str] | None = None, *, method: str = NETWORK) -> int:
     """Return the exit code of one training run: 0, 2 after an error of the user's, 130 after Ctrl-C.
 
     Args:
@@ -28,6 +29,7 @@ def main(script: str, family: str, argv: Sequence[str] | None = None) -> int:
         family: where the model family's class is, "library.models.sd:Sd". Imported once the options are right, because
             torch takes seconds.
         argv: the arguments without the script's name; the process's own if None.
+        method: where the class of what is trained is, likewise.
     """
     # GNU OpenMP's threads spin while they wait, and where cores are shared that makes torch 30 times slower.
     # It reads the setting when torch is loaded.
@@ -42,7 +44,7 @@ def main(script: str, family: str, argv: Sequence[str] | None = None) -> int:
         check_files(read.options)  # before imports that take seconds
         from library.training.run import train
 
-        train(read.options, _class_at(family).from_options(read.options))
+        train(read.options, _class_at(family).from_options(read.options), _class_at(method))
     except UserError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return WRONG_USE

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -15,8 +14,7 @@ from torch.optim import Optimizer
 
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
-from library.models import block_swap, float8
-from library.training import changes, distribution, file_metadata, fused, optimizers, schedules, state, trainee
+from library.training import changes, distribution, file_metadata, fused, optimizers, schedules, state
 from library.training import data as training_data
 from library.training.data import Data, Stores
 from library.training.file_metadata import Hashes
@@ -26,7 +24,7 @@ from library.training.painting import Drawing
 from library.training.precision import Precision
 from library.training.prompts import SamplePrompt
 from library.training.sampling import Sampler
-from library.training.saving import Saver, save_dtype
+from library.training.saving import Saver
 from library.training.state import Contents, Manifest, Resumed
 from library.training.states import StateSaver
 from library.training.step import Step
@@ -41,6 +39,8 @@ if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
     from library.training.hub import Uploads
     from library.training.loading import Loaded
+    from library.training.method import Method
+    from library.training.trainee import Trainee
     from networks.plugin import OptimizerGroups
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ Publish = Callable[[Path], None] | None
 class Checked:
     """What is known of a run before any model is loaded."""
 
-    network_module: ModuleType
+    method: Method
     precision: Precision
     tracker_names: tuple[str, ...]
     data: Data
@@ -64,7 +64,7 @@ class Checked:
 class Live:
     """What changes from step to step, and so makes up the state of a run."""
 
-    trainee: trainee.NetworkTrainee
+    trainee: Trainee
     optimizer: Any
     scheduler: Any
     scaler: Any  # None without fp16
@@ -215,31 +215,11 @@ def publishers(uploads: Uploads | None, options: HubOptions) -> tuple[Publish, P
     return uploads.add, uploads.add if options.save_state_to_huggingface else None
 
 
-def make_trainee(setting: Setting, parts: Parts) -> trainee.NetworkTrainee:
-    """Return the network, attached to the models; activations are recomputed where that is wanted."""
-    options, formats = setting.options, setting.checked.precision
-    with float8.refusing(options.network.network_module):
-        trained = trainee.create(
-            setting.checked.network_module,
-            options.network,
-            options.optimizer.learning_rate,
-            setting.family,
-            parts,
-            dtypes=(formats.trained, save_dtype(options.saving.save_precision)),
-            device=setting.accelerator.device,
-        )
-        # not sooner: a network may want to read the weights that it is made for
-        if options.training.blocks_to_swap:
-            block_swap.install(parts.denoiser, options.training.blocks_to_swap, setting.accelerator.device)
-        for model in formats.float8_parts(parts):
-            float8.try_adapted(model, formats.frozen)
-    if options.training.gradient_checkpointing:
-        setting.family.enable_gradient_checkpointing(
-            parts, trained.is_text_trained, is_offloaded=options.training.cpu_offload_checkpointing
-        )
-        trained.enable_gradient_checkpointing()
+def make_trainee(setting: Setting, parts: Parts) -> Trainee:
+    """Return what is trained, ready on the device."""
+    trained = setting.checked.method.trainee(setting, parts)
     if any(sample.subset.diff_output_preservation for sample in setting.checked.data.all_samples):
-        with trained.untrained():  # a network that cannot be switched off is refused here, not in the middle
+        with trained.untrained():  # what cannot be switched off is refused here, not in the middle
             log.info("diff_output_preservation: batches with such images predict twice")
     return trained
 
@@ -258,7 +238,7 @@ def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], Non
     return write
 
 
-def make_sampler(setting: Setting, loaded: Loaded, trained: trainee.NetworkTrainee) -> Sampler | None:
+def make_sampler(setting: Setting, loaded: Loaded, trained: Trainee) -> Sampler | None:
     """Return what draws previews, None where none are wanted."""
     options, formats = setting.options, setting.checked.precision
     return Sampler.from_options(
@@ -270,7 +250,7 @@ def make_sampler(setting: Setting, loaded: Loaded, trained: trainee.NetworkTrain
         setting.accelerator.device,
         (setting.accelerator.process_index, setting.accelerator.num_processes),
         Drawing(
-            autocast_dtype=None if formats.mixed == "no" else formats.frozen,
+            autocast_dtype=formats.autocast,
             prediction_type=setting.family.prediction_type,
             zero_terminal_snr=options.noise.zero_terminal_snr,
             modules=trained.modules,

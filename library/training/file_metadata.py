@@ -41,7 +41,7 @@ class FileMetadata:
     fixed: Mapping[str, str]  # ss_* keys that do not change during the run
     modelspec: Mapping[str, str]
     hashes: Hashes | None  # None on processes that write nothing
-    is_minimal: bool  # --no_metadata
+    is_minimal: bool  # --no_metadata; whole models never say how they were trained
 
     def at(self, step: int, epoch: int) -> dict[str, str]:
         """Return the metadata of a file saved at an optimizer step of an epoch."""
@@ -59,7 +59,7 @@ def collect(setting: Setting, optimizer: str, hashes: Hashes | None) -> FileMeta
         hashes: of the model files; None on processes that write nothing.
     """
     options, data, plan, family = setting.options, setting.checked.data, setting.plan, setting.family
-    network = options.network
+    network, is_whole = options.network, setting.checked.method.trains_models
     run = RunFacts(
         session_id=random.SystemRandom().getrandbits(32),
         started_at=setting.started_at,
@@ -83,7 +83,10 @@ def collect(setting: Setting, optimizer: str, hashes: Hashes | None) -> FileMeta
         prediction_type=family.prediction_type,
         clip_skip=options.model.clip_skip,
         timestep_range=_timestep_range(options),
+        is_lora=not is_whole,
     )
+    if is_whole:
+        return FileMetadata({}, spec, None, is_minimal=True)
     fixed = metadata.training_metadata(options, facts_of(options, data, plan, setting.accelerator.num_processes), run)
     return FileMetadata(fixed, spec, hashes, options.saving.no_metadata)
 

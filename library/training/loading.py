@@ -14,7 +14,7 @@ from torch import nn
 from library.models import float8
 from library.models.family import Parts
 from library.training import data as training_data
-from library.training import text_cache, trainee
+from library.training import text_cache
 from library.training.text_cache import Texts
 
 if TYPE_CHECKING:
@@ -122,4 +122,4 @@ def place_text_encoders(setting: Setting, parts: Parts) -> None:
 
 def merge_base_weights(setting: Setting, parts: Parts) -> None:
     """Merge the files of --base_weights into the models, wherever they are."""
-    trainee.merge_base_weights(setting.checked.network_module, setting.options.network, setting.family, parts)
+    setting.checked.method.merge_base_weights(setting.options, setting.family, parts)

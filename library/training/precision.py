@@ -12,6 +12,7 @@ from library.errors import OptionError
 
 if TYPE_CHECKING:
     from library.models.family import Parts
+    from library.options import Options
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,6 +32,19 @@ class Precision:
     def autocast(self) -> torch.dtype | None:
         """What most of the arithmetic is done in; None: float32 throughout."""
         return None if self.mixed == "no" else DTYPES[self.mixed]
+
+    @staticmethod
+    def from_options(options: Options) -> Precision:
+        """Return the formats that the options ask for, see `of`."""
+        training = options.training
+        return Precision.of(
+            training.mixed_precision,
+            full_fp16=training.full_fp16,
+            full_bf16=training.full_bf16,
+            no_half_vae=options.model.no_half_vae,
+            fp8_base=training.fp8_base,
+            fp8_base_unet=training.fp8_base_unet,
+        )
 
     @staticmethod
     def of(

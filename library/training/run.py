@@ -35,15 +35,14 @@ from library.training import (
     state,
     text_cache,
     trackers,
-    trainee,
 )
 from library.training import data as training_data
 from library.training.assembly import Checked, Setting
 from library.training.file_metadata import Hashes
+from library.training.method import Method, NetworkMethod
 from library.training.metrics import LossError
-from library.training.precision import Precision, let_scaler_take_half_gradients
+from library.training.precision import let_scaler_take_half_gradients
 from library.training.state import Resumed
-from networks import soundness
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
@@ -53,8 +52,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def train(options: Options, family: ModelFamily) -> None:
-    """Train a network as the options say.
+def train(options: Options, family: ModelFamily, kind: type[Method] = NetworkMethod) -> None:
+    """Train as the options say.
+
+    Args:
+        options: what the run was asked to do.
+        family: of the models.
+        kind: what is trained.
 
     Raises: UserError for what is the user's to mend; KeyboardInterrupt after a run that was stopped and saved.
     """
@@ -64,7 +68,7 @@ def train(options: Options, family: ModelFamily) -> None:
         )
         return
     started_at = time.time()
-    checked = check(options, family)
+    checked = check(options, family, kind)
     accelerator = make_accelerator(options, checked, family)
     resumed = checked.resumed
     seed = common_seed(seed_of(options.training.seed, resumed))
@@ -117,7 +121,7 @@ def carry_out(setting: Setting) -> bool:
     """Load the models, train and report; return whether the run was completed."""
     options, checked, accelerator, plan = setting.options, setting.checked, setting.accelerator, setting.plan
     hashes = None
-    if accelerator.is_main_process:  # the only one that saves
+    if accelerator.is_main_process and not checked.method.trains_models:  # the only one that saves; networks name them
         hashes = Hashes.start(options.model.pretrained_model_name_or_path or "", options.model.vae)
     loaded = loading.load(setting)
     reporter = reporting.start(setting, loaded.latents)
@@ -144,31 +148,18 @@ def carry_out(setting: Setting) -> bool:
     return is_complete
 
 
-def check(options: Options, family: ModelFamily) -> Checked:
+def check(options: Options, family: ModelFamily, kind: type[Method] = NetworkMethod) -> Checked:
     """Return what can be known without loading a model; whatever is wrong by then is said now.
 
     Raises: UserError.
     """
     distribution.check(options)
-    network_module = trainee.check(options.network)
-    saved_texts.check(options, family)
-    given = [("--network_weights", options.network.network_weights)]
-    given += [("--base_weights", file) for file in options.network.base_weights or ()]
-    for option, file in given:
-        if file is not None:
-            soundness.check(file, option, family.other_networks)
+    method = kind.checked(options, family)
     optimizers.check(options.optimizer)
     schedules.check(options.schedule)
     prompts = tuple(sampling.check(options.sampling, family.preview_side, family.side_multiple))
     saving.check_output(options.saving)
-    formats = Precision.of(
-        options.training.mixed_precision,
-        full_fp16=options.training.full_fp16,
-        full_bf16=options.training.full_bf16,
-        no_half_vae=options.model.no_half_vae,
-        fp8_base=options.training.fp8_base,
-        fp8_base_unet=options.training.fp8_base_unet,
-    )
+    formats = method.precision(options)
     tracker_names = trackers.wanted(options.logging)
     if tracker_names and options.logging.logging_dir:
         saving.check_folder("--logging_dir", options.logging.logging_dir)
@@ -185,7 +176,7 @@ def check(options: Options, family: ModelFamily) -> Checked:
     # over one weight: finds what only the optimizer's and the schedule's own code can tell
     schedules.rehearse(options.schedule, optimizers.rehearse(options.optimizer))
     fused.check(options.optimizer)
-    return Checked(network_module, formats, tracker_names, data, prompts, resumed)
+    return Checked(method, formats, tracker_names, data, prompts, resumed)
 
 
 def find_state(options: Options) -> Resumed | None:
@@ -209,7 +200,7 @@ def make_accelerator(options: Options, checked: Checked, family: ModelFamily) ->
             options.deepspeed,
             max_grad_norm=options.optimizer.max_grad_norm,
             batch_size=max(config.batch_size for config in checked.data.configs),
-            may_leave_weights_out=may_leave_weights_out(options, family),
+            may_leave_weights_out=checked.method.may_leave_weights_out(options, family),
             mixed_precision=checked.precision.mixed,
             log_with=list(checked.tracker_names) or None,
             project_dir=trackers.log_dir(options.logging),
@@ -219,15 +210,6 @@ def make_accelerator(options: Options, checked: Checked, family: ModelFamily) ->
     if options.training.full_fp16 and accelerator.scaler is not None:
         let_scaler_take_half_gradients(accelerator.scaler)
     return accelerator
-
-
-def may_leave_weights_out(options: Options, family: ModelFamily) -> bool:
-    """Return whether a step may use only some of the trained weights, which several processes must then look for.
-
-    Looking takes time at each step. A family may leave out text encoders' last layers, module dropout any module.
-    """
-    is_layer_skipped = family.leaves_text_layers_out and not options.network.network_train_unet_only
-    return is_layer_skipped or "module_dropout" in trainee.network_arguments(options.network.network_args)
 
 
 def common_seed(given: int | None) -> int:

@@ -42,7 +42,7 @@ def options_of(argv: list[str], *more: str) -> Options:
 
 def test_checking_needs_no_checkpoint(argv) -> None:
     checked = run.check(options_of(argv), Sd())
-    assert checked.network_module.__name__ == "networks.lora"
+    assert checked.method.module.__name__ == "networks.lora"
     assert len(checked.data.samples) == 2
     assert checked.tracker_names == ()
 

@@ -1,0 +1,254 @@
+"""Full fine-tuning: the denoiser and the text encoders themselves are trained, and saved as a whole model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import CheckpointError, OptionError
+from library.models.family import Parts
+from library.training.precision import Precision
+from library.training.saving import save_dtype
+from networks.plugin import OptimizerGroups
+
+if TYPE_CHECKING:
+    from library.models.family import ModelFamily
+    from library.models.whole_model import Kept
+    from library.options import Options
+    from library.training.assembly import Setting
+
+log = logging.getLogger(__name__)
+
+DENOISER, TEXT_ENCODER = "unet", "text_encoder"  # of learning rates, and of weights in a state
+
+
+@dataclass(frozen=True)
+class FullModel:
+    """The models themselves are trained."""
+
+    trains_models = True
+
+    @classmethod
+    def checked(cls, options: Options, family: ModelFamily) -> FullModel:
+        """Return the method; its options are checked with all others."""
+        return cls()
+
+    def precision(self, options: Options) -> Precision:
+        """Return the formats of the run: weights that learn are float32, or half with --full_fp16 / --full_bf16."""
+        formats = Precision.from_options(options)
+        return replace(formats, frozen=formats.trained)
+
+    def merge_base_weights(self, options: Options, family: ModelFamily, parts: Parts) -> None:
+        """Return at once: there is no option to merge files."""
+
+    def trainee(self, setting: Setting, parts: Parts) -> FullTrainee:
+        """Return the models, ready to learn; activations are recomputed where that is wanted."""
+        options, family = setting.options, setting.family
+        stop = stop_of(options)
+        made = FullTrainee(
+            family,
+            parts,
+            Rates.of(options, is_text_trained=stop is None or stop > 0),
+            stop,
+            Output.of(setting) if setting.accelerator.is_main_process else None,
+            setting.plan.steps_per_epoch,
+            setting.steps_done,
+        )
+        if options.training.gradient_checkpointing:
+            family.enable_gradient_checkpointing(
+                parts, made.is_text_trained, is_offloaded=options.training.cpu_offload_checkpointing
+            )
+        return made
+
+    def may_leave_weights_out(self, options: Options, family: ModelFamily) -> bool:
+        """Return whether text encoders have layers that are not read, or are to stop learning."""
+        stop = stop_of(options)
+        return (stop is None and family.leaves_text_layers_out) or (stop is not None and stop > 0)
+
+
+def stop_of(options: Options) -> int | None:
+    """Return the optimizer step after which text encoders stay as they are; 0: from the start; None: never."""
+    stop, rate = options.training.stop_text_encoder_training, options.optimizer.learning_rate_te
+    return 0 if rate == 0 else None if stop is None else max(0, stop)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates."""
+
+    denoiser: float
+    text_encoder: float | None  # None: as the denoiser's, in one group with it
+    is_text_trained: bool
+
+    @staticmethod
+    def of(options: Options, *, is_text_trained: bool) -> Rates:
+        """Return the rates that the options ask for."""
+        chosen = options.optimizer
+        return Rates(chosen.learning_rate, chosen.learning_rate_te, is_text_trained)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is needed to write whole models, beside what is trained."""
+
+    kept: Kept  # of the model that the run starts from
+    vae: nn.Module  # on the CPU
+    form: str
+    dtype: torch.dtype | None  # of what is written; None: as trained
+
+    @staticmethod
+    def of(setting: Setting) -> Output:
+        """Return it, read once: the model that the run starts from may be moved or removed meanwhile.
+
+        Raises: CheckpointError.
+        """
+        options, family = setting.options, setting.family
+        checkpoint = options.model.pretrained_model_name_or_path or ""
+        dtype = save_dtype(options.saving.save_precision)
+        return Output(
+            family.kept(checkpoint),
+            family.load_vae(checkpoint, options.model.vae, dtype or torch.float32),
+            form_of(options),
+            dtype,
+        )
+
+
+@dataclass
+class FullTrainee:
+    """The denoiser and the text encoders of a family."""
+
+    family: ModelFamily
+    parts: Parts
+    rates: Rates
+    stop: int | None  # the optimizer step after which text encoders stay as they are; None: never
+    output: Output | None  # None: on processes that write nothing
+    steps_per_epoch: int
+    steps_done: int = 0
+    _trained: list[nn.Parameter] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Let the weights learn."""
+        for model in self.modules:
+            model.requires_grad_(True)
+        if self.is_text_frozen:
+            self._freeze_text()
+
+    @property
+    def is_text_trained(self) -> bool:
+        """Whether text encoders learn at all."""
+        return self.rates.is_text_trained
+
+    @property
+    def is_text_frozen(self) -> bool:
+        """Whether text encoders have learnt all they are to learn."""
+        return self.stop is not None and self.steps_done >= self.stop
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The models that learn, for accelerate to prepare."""
+        return (self.parts.denoiser, *(self.parts.text_encoders if self.is_text_trained else ()))
+
+    def parameter_groups(self) -> OptimizerGroups:
+        """Return one group, or with a rate for text encoders two."""
+        denoiser = list(self.parts.denoiser.parameters())
+        text = [weight for model in self.modules[1:] for weight in model.parameters()]
+        if self.rates.text_encoder is None or not text:
+            return OptimizerGroups([{"params": denoiser + text, "lr": self.rates.denoiser}], [DENOISER])
+        groups = [{"params": denoiser, "lr": self.rates.denoiser}, {"params": text, "lr": self.rates.text_encoder}]
+        return OptimizerGroups(groups, [DENOISER, TEXT_ENCODER])
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the weights that gradient clipping looks at: those that learn now."""
+        if self._trained is None:
+            self._trained = [weight for model in self.modules for weight in model.parameters() if weight.requires_grad]
+        return self._trained
+
+    def train(self) -> None:
+        """Put the models in train mode, which gradient checkpointing asks for; none has dropout."""
+        for model in self.modules:
+            model.train()
+
+    def eval(self) -> None:
+        """Put the models in evaluation mode."""
+        for model in self.modules:
+            model.eval()
+
+    def before_batch(self) -> None:
+        """Return at once: nothing is due."""
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """Refuse: the models as they were are not there any more. Raises: OptionError."""
+        return _refused()
+
+    def before_update(self) -> dict[str, Tensor]:
+        """Return nothing: no norms are watched."""
+        return {}
+
+    def after_update(self) -> dict[str, Tensor]:
+        """Count the step; with the last one of the text encoders, leave them as they are from here on."""
+        self.steps_done += 1
+        if self.stop is not None and self.steps_done == self.stop:
+            self._freeze_text()
+            log.info("text encoders stay as they are from step %d on (--stop_text_encoder_training)", self.stop + 1)
+        return {}
+
+    def _freeze_text(self) -> None:
+        for model in self.parts.text_encoders:
+            model.requires_grad_(False)
+            for weight in model.parameters():
+                weight.grad = None  # without a gradient, an optimizer leaves a weight alone
+        self._trained = None
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the whole model: a file, or a folder."""
+        output = self.output
+        assert output is not None, "only the main process writes"
+        place = (self.steps_done, -(-self.steps_done // self.steps_per_epoch))
+        whole = replace(self.parts, vae=output.vae)
+        self.family.save_whole(
+            whole, output.kept, path, form=output.form, dtype=output.dtype, metadata=metadata, place=place
+        )
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the trained weights exactly, for the state of a run."""
+        return {
+            f"{prefix}.{name}": tensor for prefix, model in self._named() for name, tensor in model.state_dict().items()
+        }
+
+    def load_weights(self, weights: Mapping[str, Tensor], origin: str) -> None:
+        """Take back what `weights` gave. Raises: CheckpointError if it is of another model."""
+        for prefix, model in self._named():
+            own = {name.removeprefix(f"{prefix}."): t for name, t in weights.items() if name.startswith(f"{prefix}.")}
+            try:
+                model.load_state_dict(own)
+            except RuntimeError as error:
+                first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+                raise CheckpointError(
+                    f"{origin}: the state is of another model ({first}). Resume with the model that it was saved with."
+                ) from error
+
+    def _named(self) -> Iterator[tuple[str, nn.Module]]:
+        yield DENOISER, self.modules[0]
+        for index, model in enumerate(self.modules[1:], start=1):
+            yield f"{TEXT_ENCODER}{index}", model
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    raise OptionError(
+        "diff_output_preservation needs the model as it was beside the trained one, which full fine-tuning does not "
+        "keep. Train a network (train_network.py), or leave it out of the dataset config."
+    )
+    yield
+
+
+def form_of(options: Options) -> str:
+    """Return in which form models are saved: as asked for, or else that of the model that the run starts from."""
+    raise NotImplementedError
