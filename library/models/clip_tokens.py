@@ -224,6 +224,17 @@ def tokenize(
     return torch.stack(rows)
 
 
+def without_padding(tokens: Tensor) -> Tensor:
+    """Return tokens (B, ..., 77) up to the end of the longest caption, its EOS included.
+
+    Args:
+        tokens: of one window, on the CPU; with weights (B, 1, 2, 77).
+    """
+    ids = tokens[:, :, 0] if tokens.dim() == 4 else tokens
+    ends = (ids == EOS).int().argmax(dim=-1)  # the first of several: CLIP-L pads with it
+    return tokens[..., : int(ends.max()) + 1]
+
+
 def split_weights(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return tokens (..., 77) int64 and their weights, None without, of what `tokenize` returned."""
     if not tokens.is_floating_point():

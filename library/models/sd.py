@@ -36,6 +36,7 @@ class Sd(Plain):
     max_token_length: int | None = None  # None and 75: one window; 150: two; 225: three
     weighted_captions: bool = False
     tokenizer_cache_dir: str | None = None
+    pads_tokens: bool = True  # to a whole window; otherwise a batch is as long as its longest caption
 
     name = "sd"
     latent_space = LatentSpace(channels=4, scale=SCALE)
@@ -55,6 +56,7 @@ class Sd(Plain):
             max_token_length=model.max_token_length,
             weighted_captions=model.weighted_captions,
             tokenizer_cache_dir=model.tokenizer_cache_dir,
+            pads_tokens=not model.no_token_padding,
         )
 
     # ---- files -------------------------------------------------------------------------------------------------
@@ -141,14 +143,16 @@ class Sd(Plain):
         """Return the captions' tokens, (B, windows, 77) int64.
 
         With weighted_captions (B, windows, 2, 77) float32: the tokens, which float32 holds exactly, and their weights.
+        Without padding the last axis of a single window is as long as the longest caption.
         """
-        return clip_tokens.tokenize(
+        tokens = clip_tokens.tokenize(
             captions,
             self._tokenizer,
             self.num_windows,
             has_weights=self.weighted_captions,
             cache_dir=self.tokenizer_cache_dir,
         )
+        return tokens if self.pads_tokens or self.num_windows > 1 else clip_tokens.without_padding(tokens)
 
     def encode_text(self, parts: Parts, tokens: Tensor, known: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return hidden states (B, N, D), N = 75 * windows + 2, of what `tokenize` returned.
