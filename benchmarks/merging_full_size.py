@@ -25,8 +25,8 @@ from measuring import ROOT, Figure, conclude, load, make_parser, timed
 from safetensors.torch import save_file
 
 from examples.embedded_model.make import write as write_embedded
+from library.models import streaming
 from library.models.checkpoint import open_tensors
-from networks import streaming
 from networks.checkpoint_places import SD1, places
 from networks.files import StoredModule
 from networks.lora_file import tensors_of

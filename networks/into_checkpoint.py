@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from library.errors import CheckpointError
+from library.models import streaming
 from library.models.checkpoint import TensorSource, open_tensors
 from library.models.layout import lora_names
 from library.whole_file import whole_file
-from networks import files, streaming
+from networks import files
 from networks.block_weights import BlockWeights
 from networks.checkpoint_places import SD2, SD3, SDXL, Kind, Place, places, sd3_version
 from networks.files import StoredModule

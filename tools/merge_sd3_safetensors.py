@@ -79,9 +79,10 @@ def pack(options: PackOptions) -> None:
     if options.device is not None:
         log.warning("--device has no effect: tensors are copied, nothing is computed")
 
+    from library.models import streaming
     from library.models.checkpoint import open_tensors
     from library.models.scaled import unscaled
-    from networks import files, streaming
+    from networks import files
 
     dtype = command_line.dtype_of(options.save_precision)
     # In another format weights need no factors any more, which some float8 files hold beside them.

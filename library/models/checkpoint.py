@@ -22,6 +22,7 @@ from library.whole_file import whole_file
 log = logging.getLogger(__name__)
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+COUNTS = ("epoch", "global_step")  # beside the tensors of a .ckpt
 SHOWN_KEYS = 3
 SAMPLED_ROWS = 8  # of each tensor's first axis, for a fingerprint
 REMAP_BYTES = 2**28
@@ -124,6 +125,8 @@ class PickledFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         content = _unpickle(path)
+        told = content if isinstance(content, dict) else {}
+        self.counts = {name: told[name] for name in COUNTS if isinstance(told.get(name), int)}  # how far it was trained
         while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         if not isinstance(content, dict):

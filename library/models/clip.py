@@ -71,8 +71,7 @@ def build_openclip(file: TensorSource, dtype: torch.dtype, *, has_projection: bo
     Raises:
         CheckpointError: tensors are missing or of a wrong shape.
     """
-    stored_layers = _count_layers(file, "transformer.resblocks.{}.mlp.c_fc.weight")
-    layers = stored_layers - 1 if stored_layers == OPENCLIP_LAYERS and not has_projection else stored_layers
+    layers = _used_openclip_layers(file, has_projection)
     first = "transformer.resblocks.0.mlp.c_fc.weight"
     projection = (layout.OPENCLIP_PROJECTION,) if has_projection else ()
     require(file, ("token_embedding.weight", "positional_embedding", first, *projection), PART)
@@ -119,6 +118,24 @@ def fingerprint(file: TensorSource) -> str:
     if not any("token_embedding" in name for name in names):
         require(file, (TOKEN_EMBEDDING,), PART)
     return checkpoint.fingerprint(file, names)
+
+
+def names_today(file: TensorSource, prefix: str) -> dict[str, str]:
+    """Return the names that `original_tensors` gives what an old SD 1.x file has without `text_model.`, {} for others.
+
+    Args:
+        file: names start as `build` wants them.
+        prefix: of both names.
+    """
+    if TOKEN_EMBEDDING not in file.shapes:
+        return {}
+    return {f"{prefix}{name}": f"{prefix}{layout.NESTED}{name}" for name in file.shapes}
+
+
+def _used_openclip_layers(file: TensorSource, has_projection: bool) -> int:
+    """Return how many of the file's layers are used: SD 2.x leaves the last one out."""
+    stored_layers = _count_layers(file, "transformer.resblocks.{}.mlp.c_fc.weight")
+    return stored_layers - 1 if stored_layers == OPENCLIP_LAYERS and not has_projection else stored_layers
 
 
 def _count_layers(file: TensorSource, pattern: str) -> int:
@@ -180,31 +197,76 @@ def _empty(config: Any, has_projection: bool) -> nn.Module:
 
 
 def original_tensors(text_encoder: nn.Module, openclip: bool, prefix: str | None = None) -> dict[str, Tensor]:
-    """Return the text encoder's weights under their names in a full checkpoint.
+    """Return the text encoder's weights under their names in a full checkpoint; see `original_pieces`."""
+    pieces = original_pieces(text_encoder, openclip, prefix)
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()}
+
+
+def original_pieces(
+    text_encoder: nn.Module, openclip: bool, prefix: str | None = None
+) -> dict[str, tuple[Tensor, ...]]:
+    """Return what each tensor of a full checkpoint is joined of, along its first axis, without copying weights.
 
     Args:
         text_encoder: transformers' CLIPTextModel, or CLIPTextModelWithProjection for OpenCLIP's layout.
-        openclip: write OpenCLIP's layout, q, k and v fused, instead of transformers'.
+        openclip: OpenCLIP's layout, q, k and v fused, instead of transformers'.
         prefix: of the names; None: where SD 1.x has CLIP's and SD 2.x OpenCLIP's.
     """
     prefix = prefix or (layout.SD2_PREFIX if openclip else layout.SD1_PREFIX)
     canonical = _canonical_tensors(text_encoder)
     if not openclip:
-        return {f"{prefix}{layout.NESTED}{name}": tensor for name, tensor in canonical.items()}
+        return {f"{prefix}{layout.NESTED}{name}": (tensor,) for name, tensor in canonical.items()}
     model: Any = inner(text_encoder)
     table = layout.openclip_table(len(model.encoder.layers))
-    written: dict[str, Tensor] = {}
+    written: dict[str, tuple[Tensor, ...]] = {}
     thirds: dict[str, dict[int, Tensor]] = {}
     for name, tensor in canonical.items():
         source = layout.fused_source(name)
         if source is not None:
             thirds.setdefault(prefix + source[0], {})[source[1]] = tensor
         elif name == layout.PROJECTION:
-            written[f"{prefix}{layout.OPENCLIP_PROJECTION}"] = tensor.T.contiguous()
+            written[f"{prefix}{layout.OPENCLIP_PROJECTION}"] = (tensor.T,)
         else:
-            written[f"{prefix}{table.to_original(name)}"] = tensor
-    fused = {name: torch.cat([parts[index] for index in range(len(parts))]) for name, parts in thirds.items()}
-    return written | fused
+            written[f"{prefix}{table.to_original(name)}"] = (tensor,)
+    return written | {name: tuple(own[index] for index in range(len(own))) for name, own in thirds.items()}
+
+
+def unused_tail(text_encoder: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+    """Return stand-ins for what SD 2.x's text encoder has in a full checkpoint and does not use; {} at other sizes.
+
+    Its last layer, which training drops, is a copy of the one before (as sd-scripts); the projection is the identity,
+    and the scale OpenCLIP's own.
+    """
+    model: Any = inner(text_encoder)
+    last = len(model.encoder.layers)
+    if last != OPENCLIP_LAYERS - 1:
+        return {}
+    start = f"{layout.SD2_PREFIX}transformer.resblocks."
+    before = f"{start}{last - 1}."
+    pieces = original_pieces(text_encoder, openclip=True)
+    copies = {f"{start}{last}.{name[len(before) :]}": own for name, own in pieces.items() if name.startswith(before)}
+    width = model.config.hidden_size
+    return copies | {
+        f"{layout.SD2_PREFIX}{layout.OPENCLIP_PROJECTION}": (torch.eye(width),),
+        f"{layout.SD2_PREFIX}{layout.LOGIT_SCALE}": (torch.tensor(layout.LOGIT_SCALE_START),),
+    }
+
+
+def weight_names(file: TensorSource, openclip: bool, *, has_projection: bool = False) -> set[str]:
+    """Return the names of those tensors of a text encoder in a full checkpoint that are read and written anew.
+
+    Args:
+        file: names start as `build` or `build_openclip` wants them.
+        openclip: it is in OpenCLIP's layout.
+        has_projection: whether it also makes a pooled text.
+    """
+    if not openclip:
+        return {name for name in file.shapes if name.removeprefix(layout.NESTED).startswith(layout.WEIGHTS)}
+    layers = _used_openclip_layers(file, has_projection)
+    table = layout.openclip_table(layers)
+    fused = tuple(f"transformer.resblocks.{index}.attn.in_proj_" for index in range(layers))
+    names = {name for name in file.shapes if table.to_library(name) is not None or name.startswith(fused)}
+    return names | ({layout.OPENCLIP_PROJECTION} if has_projection else set())
 
 
 def separate_tensors(text_encoder: nn.Module) -> dict[str, Tensor]:

@@ -12,17 +12,31 @@ from torch import Tensor, nn
 
 from library.batch import Batch
 from library.errors import CheckpointError
-from library.models import checkpointing, clip, clip_tokens, folders, lora_targets, recognition, unet, vae
+from library.models import (
+    checkpointing,
+    clip,
+    clip_tokens,
+    diffusers_folder,
+    folders,
+    lora_targets,
+    recognition,
+    unet,
+    vae,
+    whole_model,
+)
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix, open_tensors
+from library.models.diffusers_folder import FolderKind
 from library.models.family import LatentSpace, LoraTarget, Parts, Plain
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
+from library.models.whole_model import Kept
 from library.objectives.ddpm import Ddpm
 
 if TYPE_CHECKING:
     from library.options.loss import LossOptions
     from library.options.noise import NoiseOptions
 
+V2_V_CELLS = 96  # 768 pixels, which the v-predicting models of SD 2.x were made for
 SCALE = 0.18215  # v1-inference.yaml and v2-inference.yaml, scale_factor
 
 
@@ -104,6 +118,71 @@ class Sd(Plain):
             raise CheckpointError(f"{checkpoint}: is a Stable Diffusion 2.x model. Add --v2.")
         if self.v2 and not found_v2:
             raise CheckpointError(f"{checkpoint}: is a Stable Diffusion 1.x model. Leave out --v2.")
+
+    def kept(self, checkpoint: str) -> Kept:
+        """Return what the model's source holds besides the weights, for `save_whole`; the source is not read again.
+
+        Raises:
+            CheckpointError: as `load` does.
+        """
+        if not folders.is_file(checkpoint):
+            return diffusers_folder.kept(folders.model_folder(checkpoint))
+        file = self._open(Path(checkpoint))
+        text = Prefixed(file, self._text_prefix)
+        parts = (
+            (unet_layout.PREFIX, unet.weight_names(Prefixed(file, unet_layout.PREFIX))),
+            ("", vae.weight_names(file)),
+            (self._text_prefix, clip.weight_names(text, openclip=self.v2)),
+        )
+        written = {f"{prefix}{name}" for prefix, names in parts for name in names}
+        return whole_model.kept_of_file(file, written, clip.names_today(text, self._text_prefix))
+
+    def save_whole(
+        self,
+        parts: Parts,
+        kept: Kept,
+        path: Path,
+        *,
+        form: str,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        place: tuple[int, int],
+    ) -> None:
+        """Write the whole model, as it is now; half a file or folder is left where this fails.
+
+        Args:
+            parts: with the text encoder and the VAE.
+            kept: from `kept`.
+            path: of the file or, for whole_model.FOLDERS, of an empty folder.
+            form: one of whole_model.FORMS.
+            dtype: of the weights in the file; None: as in memory.
+            metadata: of the header of a single .safetensors file.
+            place: (steps, epochs) of this training, for a .ckpt.
+
+        Raises: OSError.
+        """
+        if form in whole_model.FOLDERS:
+            diffusers_folder.write(path, parts, kept, self._folder, form=form, dtype=dtype)
+            return
+        weights = original_pieces(parts, self.v2)
+        if self.v2 and not kept.tensors.keys() & clip.unused_tail(parts.text_encoders[0]).keys():
+            weights = clip.unused_tail(parts.text_encoders[0]) | weights
+        whole_model.write_file(path, weights, kept, form=form, dtype=dtype, metadata=metadata, place=place)
+
+    @property
+    def _folder(self) -> FolderKind:
+        """What the family's diffusers folders hold besides weights, where the source was a single file."""
+        return FolderKind(
+            pipeline=recognition.SD.pipelines[0],
+            scheduler=diffusers_folder.DDIM if self.v2 else diffusers_folder.PNDM,
+            prediction_type=self.prediction_type,
+            text_folders=("text_encoder",),
+            tokenizers=(self._tokenizer,),
+            has_linear_projections=self.v2,
+            latent_scale=SCALE,
+            cells=V2_V_CELLS if self.v2 and self.v_parameterization else unet.SAMPLE_CELLS,
+            tokenizer_cache_dir=self.tokenizer_cache_dir,
+        )
 
     def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
         """Return 32 hex digits that identify the VAE's encoder, read without loading the model.
@@ -222,11 +301,14 @@ class Sd(Plain):
         unet.set_attention(parts.denoiser, kind)
 
 
+def original_pieces(parts: Parts, v2: bool) -> dict[str, tuple[Tensor, ...]]:
+    """Return what each tensor of a single-file checkpoint is joined of, see `clip.original_pieces`."""
+    assert parts.vae is not None, "only whole models are written"
+    singles = unet.original_tensors(parts.denoiser, linear_projection=v2) | vae.original_tensors(parts.vae)
+    text = clip.original_pieces(parts.text_encoders[0], openclip=v2)
+    return {name: (tensor,) for name, tensor in singles.items()} | text
+
+
 def original_tensors(parts: Parts, v2: bool) -> dict[str, Tensor]:
     """Return all weights under their names in a single-file checkpoint, as other tools expect them."""
-    assert parts.vae is not None, "only whole models are written"
-    return (
-        unet.original_tensors(parts.denoiser, linear_projection=v2)
-        | vae.original_tensors(parts.vae)
-        | clip.original_tensors(parts.text_encoders[0], openclip=v2)
-    )
+    return {name: whole_model.joined(own, None) for name, own in original_pieces(parts, v2).items()}

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from library.options.noise import NoiseOptions
 
 SCALE = 0.13025  # sd_xl_base.yaml, scale_factor
-LOGIT_SCALE = 4.6052  # ln 100: of OpenCLIP's comparison with pictures; nothing in training reads it
 TOKENIZERS = (clip_tokens.CLIP_L, clip_tokens.OPENCLIP_G)
 TEXT_FOLDERS = ("text_encoder", "text_encoder_2")  # of a diffusers folder
 OUTPUTS = ("hidden_states_1", "hidden_states_2", "pooled")  # of the text encoders, in the cache
@@ -232,5 +231,5 @@ def original_tensors(parts: Parts) -> dict[str, Tensor]:
         | vae.original_tensors(parts.vae)
         | clip.original_tensors(first, openclip=False, prefix=first_prefix)
         | clip.original_tensors(second, openclip=True, prefix=second_prefix)
-        | {f"{second_prefix}logit_scale": torch.tensor(LOGIT_SCALE)}
+        | {f"{second_prefix}{clip_layout.LOGIT_SCALE}": torch.tensor(clip_layout.LOGIT_SCALE_START)}
     )

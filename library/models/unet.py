@@ -130,6 +130,12 @@ def original_tensors(unet: nn.Module, linear_projection: bool) -> dict[str, Tens
     return written
 
 
+def weight_names(file: TensorSource) -> set[str]:
+    """Return the names of the U-Net's tensors among those of a file, which start at "input_blocks."."""
+    table = layout.unet_table(layout.blocks_of(file.shapes))
+    return {name for name in file.shapes if table.to_library(name) is not None}
+
+
 def blocks_of(unet: nn.Module) -> layout.UNetBlocks:
     """Return the block structure of diffusers' UNet2DConditionModel."""
     model: Any = unet

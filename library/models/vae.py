@@ -66,6 +66,13 @@ def stored_names(file: TensorSource) -> tuple[TensorSource, Mapping[str, str]]:
     return source, {library: name for library, name in named if library is not None}
 
 
+def weight_names(file: TensorSource) -> set[str]:
+    """Return the names of the VAE's tensors among those of a full checkpoint; none where it has no VAE."""
+    if not has_prefix(file, layout.PREFIX):
+        return set()
+    return {f"{layout.PREFIX}{stored}" for stored in stored_names(file)[1].values()}
+
+
 def _expected(library_name: str, names: Mapping[str, str]) -> str:
     """Return how a missing tensor would be called in this file, for the message."""
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in names.values():

@@ -23,6 +23,10 @@ OPENCLIP_OUTSIDE = (
     ("positional_embedding", "embeddings.position_embedding.weight"),
     ("ln_final", "final_layer_norm"),
 )
+# how the names of transformers' weights start; position_ids, a counter in old files, is none
+WEIGHTS = ("embeddings.token_embedding.", "embeddings.position_embedding.", "encoder.layers.", "final_layer_norm.")
+# of OpenCLIP's comparison with pictures, which nothing in training reads: its name, and ln 100, where it ended
+LOGIT_SCALE, LOGIT_SCALE_START = "logit_scale", 4.6052
 # of the pooled text, if the encoder has one; OpenCLIP keeps it as (in, out), a linear layer as (out, in)
 PROJECTION, OPENCLIP_PROJECTION = "text_projection.weight", "text_projection"
 FUSED = ("q_proj", "k_proj", "v_proj")  # the order inside OpenCLIP's in_proj, along the output

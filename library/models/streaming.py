@@ -50,19 +50,38 @@ def write(
 
     Raises: CheckpointError where it cannot be written.
     """
-    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))  # aligned, as safetensors does it
     try:
         with whole_file(path) as partial:
-            with partial.open("wb") as file:
-                file.write(_header(layout, order, metadata))
-                for name in progress(order, label=label, unit="tensor"):
-                    tensor = make(name)
-                    assert (tensor.dtype, tuple(tensor.shape)) == (layout[name][0], tuple(layout[name][1])), name
-                    content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-                    file.write(content.data)
+            fill(partial, layout, make, metadata, label)
             flush_to_disk(partial)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error}).") from error
+
+
+def fill(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    label: str,
+) -> None:
+    """Write a safetensors file as `write` does, straight to path, which is half a file where this fails.
+
+    Raises: OSError.
+    """
+    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))  # aligned, as safetensors does it
+    with path.open("wb") as file:
+        file.write(_header(layout, order, metadata))
+        for name in progress(order, label=label, unit="tensor"):
+            tensor = make(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == (layout[name][0], tuple(layout[name][1])), name
+            file.write(content_of(tensor))
+
+
+def content_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU."""
+    content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(content)
 
 
 def _header(
