@@ -163,6 +163,7 @@ def test_what_is_merged_into_the_text_encoder_is_in_its_outputs(train: Train, co
     assert differing(train(config, *UNET_ONLY, ON_DISK, name="without").tensors, plain.tensors)
 
 
+@pytest.mark.slow
 def test_processes_share_the_captions_and_train_as_one(family: Family, photos: Pictures, tmp_path: Path) -> None:
     """Five captions: one process encodes three of them, the other two; batches hold images of both."""
     for i in range(3):
