@@ -10,7 +10,7 @@ from library.options.declare import declared
 from library.options.flow import FlowOptions
 from library.options.groups import Options
 from library.options.hub import hub_place
-from library.options.reference import TRAINS_BESIDE_TEXT_CACHE
+from library.options.reference import TRAINS_BESIDE_TEXT_CACHE, WHOLE_MODEL_SCRIPTS
 from library.options.sharing import check_deepspeed, idle_deepspeed_options
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt")
@@ -25,12 +25,13 @@ def check_options(options: Options, script: str = "train_network") -> list[str]:
 
     Raises: OptionError for what is missing or contradicts.
     """
-    _check_required(options)
+    _check_required(options, script)
     _check_text_cache(options, script)
     _check_loss(options)
     check_deepspeed(options)
     _check_fused(options)
-    _check_rates(options)
+    _check_rates(options, script)
+    _check_padding(options)
     _check_resume(options)
     return [
         *_idle_data_options(options),
@@ -70,7 +71,7 @@ def check_files(options: Options) -> None:
             raise OptionError(f"--{name}: there is no folder {place}. Check the path.")
 
 
-def _check_required(options: Options) -> None:
+def _check_required(options: Options, script: str) -> None:
     dataset = options.dataset
     sources = (dataset.dataset_config, dataset.dataset_class, dataset.train_data_dir, dataset.in_json)
     if all(source is None for source in sources):
@@ -87,7 +88,7 @@ def _check_required(options: Options) -> None:
         ("output_dir", options.saving.output_dir, "FOLDER for what is saved"),
     )
     for name, value, example in needed:
-        if value is None:
+        if value is None and not (name == "network_module" and script in WHOLE_MODEL_SCRIPTS):
             raise OptionError(f"--{name} is missing. Add --{name}={example}.")
 
 
@@ -103,6 +104,12 @@ def _check_text_cache(options: Options, script: str) -> None:
             raise OptionError(
                 "--cache_text_encoder_outputs encodes the captions with T5-XXL before training, so that train_t5xxl of "
                 "--network_args has nothing to train. Leave one of them out."
+            )
+    elif script in WHOLE_MODEL_SCRIPTS:
+        if _is_text_trained(options):
+            raise OptionError(
+                "--cache_text_encoder_outputs encodes the captions before training, so that the text encoder cannot be "
+                "trained for --stop_text_encoder_training steps first. Leave one of them out."
             )
     elif not options.network.network_train_unet_only:
         raise OptionError(
@@ -129,7 +136,35 @@ def _check_resume(options: Options) -> None:
     hub_place(options.saving.resume)
 
 
-def _check_rates(options: Options) -> None:
+def _is_text_trained(options: Options) -> bool:
+    """Return whether a script that trains whole models trains the text encoder, at least for some steps."""
+    rate, stop = options.optimizer.learning_rate_te, options.training.stop_text_encoder_training
+    return (options.optimizer.learning_rate if rate is None else rate) > 0 and (stop is None or stop > 0)
+
+
+def _check_padding(options: Options) -> None:
+    model = options.model
+    if not model.no_token_padding:
+        return
+    if model.max_token_length is not None:
+        raise OptionError(
+            f"--no_token_padding cannot be with --max_token_length {model.max_token_length}, which pads captions to "
+            "pieces of 75 tokens. Leave one of them out."
+        )
+    if options.caching.cache_text_encoder_outputs:
+        raise OptionError(
+            "--no_token_padding pads each batch of captions to its longest, and --cache_text_encoder_outputs encodes "
+            "each caption apart from its batch. Leave one of them out."
+        )
+
+
+def _check_rates(options: Options, script: str) -> None:
+    if script in WHOLE_MODEL_SCRIPTS:
+        if not (options.optimizer.learning_rate > 0 or _is_text_trained(options) or options.dataset.debug_dataset):
+            raise OptionError(
+                "Nothing is trained: every learning rate that counts is 0. Set --learning_rate, or --learning_rate_te."
+            )
+        return
     network, default = options.network, options.optimizer.learning_rate
     text_encoder = max(network.text_encoder_lr) if network.text_encoder_lr else default
     unet = default if network.unet_lr is None else network.unet_lr
@@ -228,6 +263,9 @@ def _idle_training_options(options: Options) -> Iterator[str]:
     if options.optimizer.fused_optimizer_groups and options.optimizer.max_grad_norm:
         norm = options.optimizer.max_grad_norm
         yield f"--max_grad_norm {norm:g} with --fused_optimizer_groups: clips each group's gradient alone; 0 is off"
+    if not _is_text_trained(options) and options.optimizer.learning_rate_te:
+        stop = training.stop_text_encoder_training
+        yield f"--learning_rate_te has no effect: --stop_text_encoder_training {stop} leaves the text encoder as it is"
     if network.network_train_unet_only and network.text_encoder_lr is not None:
         yield "--text_encoder_lr has no effect: --network_train_unet_only leaves the text encoder as it is"
     if network.network_train_text_encoder_only and network.unet_lr is not None:
@@ -238,6 +276,8 @@ def _idle_training_options(options: Options) -> Iterator[str]:
 
 def _idle_saving_options(options: Options) -> Iterator[str]:
     saving, sampling = options.saving, options.sampling
+    if saving.use_safetensors and saving.save_model_as == "ckpt":
+        yield "--use_safetensors has no effect: --save_model_as ckpt decides"
     if saving.save_n_epoch_ratio and saving.save_every_n_epochs:
         yield "--save_every_n_epochs has no effect: --save_n_epoch_ratio decides"
     if saving.save_last_n_epochs and not saving.save_every_n_epochs and not saving.save_n_epoch_ratio:

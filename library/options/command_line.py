@@ -19,10 +19,14 @@ from library.options.reference import (
     IGNORED,
     IGNORED_BY_SCRIPT,
     OTHER_SCRIPTS,
+    OTHERWISE,
     RECORDED,
     REFUSED,
     REFUSED_BY_SCRIPT,
     TRAINS_BESIDE_TEXT_CACHE,
+    WHOLE_MODEL_SCRIPTS,
+    ZERO_COUNTS,
+    as_in,
 )
 from library.options.values import Declared, convert
 
@@ -56,12 +60,13 @@ def parse(argv: Sequence[str], script: str = "train_network") -> Options:
     return read.options
 
 
-def read_training(argv: Sequence[str], script: str, description: str = "Train a network.") -> CommandLine:
+def read_training(argv: Sequence[str], script: str) -> CommandLine:
     """Return the options of a training run, checked against each other, with the warnings.
 
     Raises: OptionError for a wrong command line or config file.
     """
-    read = read_command_line(argv, prog=f"{script}.py", description=description, script=script)
+    trained = "the model itself" if script in WHOLE_MODEL_SCRIPTS else "a network"
+    read = read_command_line(argv, prog=f"{script}.py", description=f"Train {trained}.", script=script)
     return CommandLine(read.options, read.own, (*read.warnings, *check_options(read.options, script)))
 
 
@@ -94,7 +99,7 @@ def read_command_line(
     if add_own is not None:
         add_own(made)
     namespace, unknown = made.parse_known_args(argv)
-    known = _known()
+    known = _known(script)
     if unknown:
         raise OptionError(_unknown_argument(unknown, known))
     given = vars(namespace)
@@ -112,10 +117,11 @@ def read_command_line(
     values, said = _with_unet_only(values, script)
     warnings += said
     idle = IGNORED_BY_SCRIPT.get(script, {}).keys() - RECORDED
-    options = build_all({name: value for name, value in values.items() if name not in idle})
+    defaults = {name: known[name].default for name in OTHERWISE.get(script, {})}
+    options = build_all({**defaults, **{name: value for name, value in values.items() if name not in idle}})
     if is_writing:
         path = config_file.path_of(file)
-        config_file.write(path, values)
+        config_file.write(path, values, known)
         made.exit(0, f"{path} is written.\n")
     return CommandLine(options, own, tuple(warnings))
 
@@ -128,26 +134,42 @@ def _with_unet_only(values: dict[str, Any], script: str) -> tuple[dict[str, Any]
     if script in TRAINS_BESIDE_TEXT_CACHE:
         return values, []
     is_cached = values.get("cache_text_encoder_outputs") or values.get("cache_text_encoder_outputs_to_disk")
-    if not is_cached or values.get("network_train_unet_only") or values.get("network_train_text_encoder_only"):
+    if script in WHOLE_MODEL_SCRIPTS:
+        is_decided = values.get("stop_text_encoder_training") is not None or values.get("learning_rate_te") == 0
+        required, taken = "--stop_text_encoder_training 0", {"stop_text_encoder_training": 0}
+    else:
+        is_decided = bool(values.get("network_train_unet_only") or values.get("network_train_text_encoder_only"))
+        required, taken = "--network_train_unet_only", {"network_train_unet_only": True}
+    if not is_cached or is_decided:
         return values, []
     warning = (
-        "--cache_text_encoder_outputs requires --network_train_unet_only, which is taken as given: captions are "
+        f"--cache_text_encoder_outputs requires {required}, which is taken as given: captions are "
         "encoded before training, so THE TEXT ENCODERS ARE NOT TRAINED. To train them, leave the cache out"
     )
-    return {**values, "network_train_unet_only": True}, [warning]
+    return {**values, **taken}, [warning]
 
 
-def _known() -> dict[str, Declared]:
+def _known(script: str) -> dict[str, Declared]:
     elsewhere = {each.name: each.declared for each in (*REFUSED, *IGNORED, *GRANTED)}
-    return {**all_declared(), **elsewhere, CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}
+    own = {name: as_in(script, each) for name, each in all_declared().items()}
+    return {**own, **elsewhere, CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}
 
 
 def _parser(prog: str, description: str, shown: Mapping[str, type], script: str) -> Parser:
-    listed = {each.name for group in shown.values() for each in declared(group)}
-    left_out = {name for name in _known() if _is_of_other_script(name, script)}
-    apart = {*listed, *left_out, CONFIG_FILE.name, OUTPUT_CONFIG.name}
-    hidden = [each for name, each in _known().items() if name not in apart]
-    return parser(prog, description, shown, plain=(CONFIG_FILE, OUTPUT_CONFIG), hidden=hidden, left_out=left_out)
+    known = _known(script)
+    idle = {*IGNORED_BY_SCRIPT.get(script, {}), *REFUSED_BY_SCRIPT.get(script, {})}
+    listed = {each.name for group in shown.values() for each in declared(group)} - idle
+    foreign = {name for name in known if _is_of_other_script(name, script)}
+    apart = {*listed, *foreign, CONFIG_FILE.name, OUTPUT_CONFIG.name}
+    return parser(
+        prog,
+        description,
+        shown,
+        plain=(CONFIG_FILE, OUTPUT_CONFIG),
+        hidden=[each for name, each in known.items() if name not in apart],
+        left_out=foreign | idle,
+        otherwise=known,
+    )
 
 
 def _without_other_scripts(argv: Sequence[str], script: str) -> tuple[list[str], list[str]]:
@@ -215,7 +237,7 @@ def _without_reader(values: Mapping[str, Any], script: str) -> list[str]:
     return ignored + [
         f"--{name} has no effect: {reason}"
         for name, reason in idle
-        if values.get(name) not in (None, 0, known[name].default)
+        if values.get(name) not in (None, known[name].default) and (values.get(name) != 0 or name in ZERO_COUNTS)
     ]
 
 

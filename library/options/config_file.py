@@ -11,6 +11,7 @@ from library.errors import OptionError
 from library.options.declare import declared
 from library.options.groups import GROUPS
 from library.options.toml import read_toml
+from library.options.values import Declared
 
 
 def path_of(given: str) -> Path:
@@ -36,8 +37,13 @@ def read(path: Path) -> tuple[dict[str, Any], list[str]]:
     return values, warnings
 
 
-def write(path: Path, values: Mapping[str, Any]) -> None:
+def write(path: Path, values: Mapping[str, Any], known: Mapping[str, Declared]) -> None:
     """Write the values that differ from the defaults to a new TOML file, a section for each group; secrets stay out.
+
+    Args:
+        path: of the file.
+        values: of options, by name.
+        known: every option as the script has it, by name.
 
     Raises: OptionError when the file exists or cannot be written.
     """
@@ -46,7 +52,7 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
         rows = [
             f"{each.name} = {_toml(values[each.name])}"
             for each in declared(group)
-            if each.name in values and values[each.name] != each.default and not each.is_secret
+            if each.name in values and values[each.name] != known[each.name].default and not each.is_secret
         ]
         if rows:
             lines += [f"[{title}]", *rows, ""]

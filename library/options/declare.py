@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from library.errors import OptionError
@@ -117,6 +118,7 @@ def parser(
     plain: Iterable[Declared] = (),
     hidden: Iterable[Declared] = (),
     left_out: Container[str] = (),
+    otherwise: Mapping[str, Declared] = MappingProxyType({}),
 ) -> Parser:
     """Return a parser that has the options of the groups, each under its title in --help.
 
@@ -129,6 +131,7 @@ def parser(
         plain: options of no group.
         hidden: options that are understood but not listed by --help.
         left_out: names of options in the groups that this command does not have.
+        otherwise: name -> an option of the groups as this command has it, where that differs.
     """
     made = Parser(
         prog=prog,
@@ -141,7 +144,8 @@ def parser(
         section = made.add_argument_group(f"{title} options")
         for each in declared(group):
             if each.name not in left_out:
-                _add(section, each, help_line(each).replace("%", "%%"))
+                own = otherwise.get(each.name, each)
+                _add(section, own, help_line(own).replace("%", "%%"))
     for each in hidden:
         _add(made, each, argparse.SUPPRESS)
     return made

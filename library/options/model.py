@@ -36,6 +36,9 @@ class ModelOptions:
     weighted_captions: bool = option(
         False, "Read (word:1.2), (word) and [word] in captions as weights of the words' embeddings."
     )
+    no_token_padding: bool = option(
+        False, "Pad captions to the longest of their batch, instead of to 75 tokens, as the first DreamBooth did."
+    )
     disable_mmap_load_safetensors: bool = option(
         False, "Read model files instead of mapping them into memory; faster on some network drives."
     )

@@ -18,6 +18,11 @@ class OptimizerOptions:
         None, "key=value settings of the optimizer, like weight_decay=0.01 betas=0.9,0.99."
     )
     learning_rate: float = option(2e-6, "Learning rate of all that has none of its own.", bounds=Bounds(min=0))
+    learning_rate_te: float | None = option(
+        None,
+        "Learning rate of the text encoder; unset is --learning_rate, 0 leaves it untrained.",
+        bounds=Bounds(min=0),
+    )
     max_grad_norm: float = option(1.0, "Clip the gradient to this norm. 0 is off.", bounds=Bounds(min=0))
     fused_backward_pass: bool = option(
         False, "Step each weight within the backward pass and free its gradient at once: less memory. For one process."

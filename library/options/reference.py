@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from library.options.values import Declared
@@ -50,10 +50,17 @@ GRANTED = (
     Elsewhere("highvram", bool, False, "GPU memory is never given back between batches of the latent cache"),
 )
 
+# Scripts that train the model itself, with no network on top.
+WHOLE_MODEL_SCRIPTS = frozenset({"train_db"})
+
 # Options that a script understands but cannot carry out -> why. Those refused are errors, those ignored warnings.
 REFUSED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
     "sdxl_train_network": {"v2": "Stable Diffusion 2.x is trained with train_network.py"},
     "sd3_train_network": {"weighted_captions": "T5-XXL reads a caption as a whole, so that words have no weights"},
+    "train_db": {
+        **dict.fromkeys(("fp8_base", "fp8_base_unet"), "weights of one byte cannot learn, and the model's own do"),
+        "deepspeed": "whole models are shared out among processes by FSDP, which accelerate config sets up",
+    },
 }
 IGNORED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
     "sdxl_train_network": {"clip_skip": "SDXL always reads its text encoders at the last layer but one"},
@@ -79,12 +86,55 @@ IGNORED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
         "sample_sampler": "SD3's pictures are always drawn with Euler's method",
         "xformers": "SD3 always uses torch's scaled_dot_product_attention",
     },
+    "train_db": {
+        **dict.fromkeys(
+            (
+                "network_module", "network_weights", "network_dim", "network_alpha", "network_dropout", "network_args",
+                "dim_from_weights", "scale_weight_norms",
+            ),
+            "the model itself is trained, with no network on top",
+        ),
+        "network_train_unet_only": "--stop_text_encoder_training 0 leaves the text encoder as it is",
+        "network_train_text_encoder_only": "--learning_rate 0 with a --learning_rate_te leaves the U-Net as it is",
+        "unet_lr": "the U-Net learns at --learning_rate",
+        "text_encoder_lr": "the text encoder learns at --learning_rate_te",
+        **dict.fromkeys(
+            ("base_weights", "base_weights_multiplier"),
+            "networks are merged into a model beforehand, by networks/merge_lora.py",
+        ),
+    },
 }  # fmt: skip
 # Of those ignored, what files record all the same, as sd-scripts does. The others count as not given.
 RECORDED = frozenset({"clip_skip"})
 
+# Of those ignored, where 0 means something else than left out.
+ZERO_COUNTS = frozenset({"unet_lr"})
+
 # Scripts of models with a text encoder that can be trained beside the cached outputs of the others: CLIP beside T5-XXL.
 TRAINS_BESIDE_TEXT_CACHE = frozenset({"sd3_train_network"})
+
+# What of an option's declaration is otherwise in a script.
+_NETWORK_FILES = {"save_model_as": {"choices": ("ckpt", "pt", "safetensors")}}
+_MODEL_FILES = {
+    "save_model_as": {
+        "choices": ("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+        "default": None,
+        "help": "What saved models are: a single file (ckpt, safetensors), or a folder as diffusers has it, of pickled "
+        "(diffusers) or safetensors files (diffusers_safetensors). Unset: what the base model is.",
+    }
+}
+OTHERWISE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "train_network": _NETWORK_FILES,
+    "sdxl_train_network": _NETWORK_FILES,
+    "sd3_train_network": _NETWORK_FILES,
+    "train_db": _MODEL_FILES,
+}
+
+
+def as_in(script: str, each: Declared) -> Declared:
+    """Return an option as a script has it."""
+    return replace(each, **OTHERWISE.get(script, {}).get(each.name, {}))
+
 
 # Keys that graphical front ends write into config files, though no script has such an option.
 FRONT_END_KEYS = frozenset({"epoch", "noise_offset_type"})

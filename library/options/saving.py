@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.options.declare import check_values, option, settle
 from library.options.values import Bounds
@@ -22,10 +23,15 @@ class SavingOptions:
     save_precision: str | None = option(
         None, "Number format of saved weights; unset keeps the trained one.", choices=("float", "fp16", "bf16")
     )
-    save_model_as: str = option(
+    save_model_as: str | None = option(
         "safetensors",
-        "File type of saved weights; only safetensors holds metadata.",
-        choices=("ckpt", "pt", "safetensors"),
+        "File type of saved weights; only safetensors holds metadata. Networks are ckpt, pt or safetensors; whole "
+        "models ckpt, safetensors or a folder: diffusers of pickled, diffusers_safetensors of safetensors files. With "
+        "train_db unset is what the base model is.",
+        choices=("ckpt", "pt", "safetensors", "diffusers", "diffusers_safetensors"),
+    )
+    use_safetensors: bool = option(
+        False, "Save whole models in safetensors files where --save_model_as is unset or diffusers."
     )
     save_every_n_epochs: int | None = option(None, "Save after every N-th epoch. 0 is off.", bounds=Bounds(min=0))
     save_every_n_steps: int | None = option(None, "Save after every N-th step. 0 is off.", bounds=Bounds(min=0))
@@ -61,3 +67,18 @@ class SavingOptions:
         for name in INTERVALS:
             if getattr(self, name) == 0:
                 settle(self, name, None)
+
+    def model_form(self, base_model: str) -> str:
+        """Return what saved whole models are: ckpt, safetensors, diffusers or diffusers_safetensors.
+
+        Args:
+            base_model: path of the model that is trained; what is no file counts as a diffusers folder.
+        """
+        if self.save_model_as == "diffusers" and self.use_safetensors:
+            return "diffusers_safetensors"
+        if self.save_model_as is not None:
+            return self.save_model_as
+        path = Path(base_model)
+        if not path.is_file():
+            return "diffusers_safetensors"
+        return "safetensors" if self.use_safetensors or path.suffix == ".safetensors" else "ckpt"

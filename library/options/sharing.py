@@ -64,7 +64,7 @@ def check_sharing(options: Options, way: str) -> None:
         if getattr(saving, name):
             raise OptionError(
                 f"--{name} does not go with {way}: no process has the optimizer's whole state. Leave it out; "
-                "--network_weights goes on from a saved file."
+                "--network_weights, or --pretrained_model_name_or_path for a whole model, goes on from a saved file."
             )
     for name in ("fused_backward_pass", "fused_optimizer_groups"):
         if getattr(options.optimizer, name):

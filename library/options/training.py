@@ -25,6 +25,9 @@ class TrainingOptions:
     initial_step: int | None = option(
         None, "Steps that count as done; beats --initial_epoch and a resumed state's own.", bounds=Bounds(min=0)
     )
+    stop_text_encoder_training: int | None = option(
+        None, "Leave the text encoder as it is after N optimizer steps; 0 or less: from the start. Unset: never."
+    )
     seed: int | None = option(
         None, "Seed of every random draw; unset: a random one, which is recorded.", bounds=Bounds(min=0, max=2**32 - 1)
     )

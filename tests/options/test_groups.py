@@ -84,7 +84,7 @@ WRONG = [
     (TrainingOptions, {"seed": -1}, "--seed must be at least 0"),
     (SamplingOptions, {"sample_every_n_steps": 5}, "--sample_every_n_steps has no prompts"),
     (SamplingOptions, {"sample_at_first": True}, "--sample_at_first has no prompts"),
-    (SavingOptions, {"save_model_as": "diffusers"}, "--save_model_as must be one of ckpt, pt, safetensors"),
+    (SavingOptions, {"save_model_as": "zip"}, "--save_model_as must be one of ckpt, pt, safetensors"),
     (LoggingOptions, {"log_with": "tensorboard"}, "--log_with tensorboard needs a folder"),
 ]
 
