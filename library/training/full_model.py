@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError, OptionError
+from library.models import folders
 from library.models.family import Parts
 from library.training.precision import Precision
 from library.training.saving import save_dtype
@@ -251,4 +252,10 @@ def _refused() -> Iterator[None]:
 
 def form_of(options: Options) -> str:
     """Return in which form models are saved: as asked for, or else that of the model that the run starts from."""
-    raise NotImplementedError
+    asked, wants_safetensors = options.saving.save_model_as, options.saving.use_safetensors
+    if asked is not None:
+        return "diffusers_safetensors" if asked == "diffusers" and wants_safetensors else asked
+    source = options.model.pretrained_model_name_or_path or ""
+    if not folders.is_file(source):
+        return "diffusers_safetensors"
+    return "safetensors" if wants_safetensors or Path(source).suffix == ".safetensors" else "ckpt"
