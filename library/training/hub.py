@@ -150,7 +150,7 @@ class Uploads:
                 self._api.create_commit(
                     self.repo_id,
                     operations=[
-                        CommitOperationAdd(f"{name}/{file.name}" if upload.held.is_dir() else name, file)
+                        CommitOperationAdd("/".join((name, *file.relative_to(upload.held).parts)), file)
                         for file in files_of(upload.held)
                     ],
                     commit_message=f"Upload {upload.saved.name}",
@@ -261,8 +261,8 @@ def reason(error: Exception, token: str | None) -> str:
 
 
 def files_of(saved: Path) -> list[Path]:
-    """Return the files of an upload: the one, or those in the folder."""
-    return sorted(file for file in saved.iterdir() if file.is_file()) if saved.is_dir() else [saved]
+    """Return the files of an upload: the one, or those in the folder and in its folders."""
+    return sorted(file for file in saved.rglob("*") if file.is_file()) if saved.is_dir() else [saved]
 
 
 def hold(saved: Path, folder: Path) -> Path:
@@ -273,10 +273,9 @@ def hold(saved: Path, folder: Path) -> Path:
     waiting = Path(tempfile.mkdtemp(prefix=f".{saved.name}.", suffix=WAITING, dir=folder))
     try:
         double = waiting / saved.name
-        if saved.is_dir():
-            double.mkdir()
         for file in files_of(saved):
-            target = double / file.name if saved.is_dir() else double
+            target = double / file.relative_to(saved)
+            target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(file, target)
             except OSError:  # a file system without links
@@ -290,7 +289,7 @@ def hold(saved: Path, folder: Path) -> Path:
 def remove_abandoned(folder: Path, name: str | None) -> None:
     """Remove what a killed run of this name left waiting for its upload."""
     names = "|".join(re.escape(each) for each in ([name] if name else [EPOCH_NAME, STEP_NAME, FINAL_NAME]))
-    left = re.compile(rf"\.({names})(-\d+|-step\d+)?(-state|\.\w+)\.[^.]+{re.escape(WAITING)}")
+    left = re.compile(rf"\.({names})(-\d+|-step\d+)?(-state|\.\w+)?\.[^.]+{re.escape(WAITING)}")
     for waiting in folder.glob(f".*{WAITING}"):
         if left.fullmatch(waiting.name):
             shutil.rmtree(waiting, ignore_errors=True)

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from library.training.charts import loss_chart, rate_chart, smoothed
 from library.training.model_hashes import file_hashes
 from library.training.report_style import STYLE
-from library.training.saving import FINAL_NAME, saved_file
+from library.training.saving import FINAL_NAME, saved_file, size_of
 
 if TYPE_CHECKING:
     from library.metadata import DatasetFacts
@@ -226,7 +226,8 @@ def _file_rows(files: Iterable[Path]) -> list[dict[str, Any]]:
     rows = []
     for path in files:
         try:
-            rows.append({"File": path.name, "MB": round(path.stat().st_size / 1e6, 2), "SHA-256": file_hashes(path)[1]})
+            digest = "(a folder)" if path.is_dir() else file_hashes(path)[1]
+            rows.append({"File": path.name, "MB": round(size_of(path) / 1e6, 2), "SHA-256": digest})
         except OSError as error:
             log.warning("report: %s is left out: %s", path, error.strerror)
     return rows

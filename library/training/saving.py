@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,16 @@ import torch
 from safetensors import SafetensorError
 
 from library.errors import OptionError, UserError
-from library.whole_file import check_writable, flush_to_disk, whole_file
+from library.models.diffusers_folder import INDEX
+from library.whole_file import (
+    GONE,
+    MARK,
+    check_writable,
+    flush_to_disk,
+    remove_folder,
+    whole_file,
+    whole_folder,
+)
 
 if TYPE_CHECKING:
     from library.options.saving import SavingOptions
@@ -76,10 +86,35 @@ def saved_file(path: Path) -> Iterator[Path]:
 
     Raises: UserError when the disk is full or the folder cannot be written to; then path is as it was.
     """
+    with _failures_told(path), whole_file(path) as partial:
+        yield partial
+        flush_to_disk(partial)
+
+
+@contextmanager
+def saved_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that takes path's place when it is filled and on the disk.
+
+    Raises: UserError when the disk is full or the folder cannot be written to, or what is at path is no model; then
+        path is as it was.
+    """
+    check_replaceable(path)
+    with _failures_told(path), whole_folder(path) as partial:
+        yield partial
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UserError where something is at path that is no diffusers folder: it must not make way for a model."""
+    if path.exists() and not (path / INDEX).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        kind = "a folder with other things in it" if path.is_dir() else "a file"
+        raise UserError(f"{path} is {kind}, where the model's folder is to be saved. Choose another --output_name.")
+
+
+@contextmanager
+def _failures_told(path: Path) -> Iterator[None]:
+    """Raise UserError where writing to path fails for a reason outside this program."""
     try:
-        with whole_file(path) as partial:
-            yield partial
-            flush_to_disk(partial)
+        yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if not isinstance(error, OSError) and not _is_write_failure(error):
             raise
@@ -124,21 +159,26 @@ class Saver:
         is_main_process: bool = True,
         publish: Callable[[Path], None] | None = None,
         companions: Sequence[Companion] = (),
+        suffix: str | None = None,
     ) -> None:
         """Keep what is needed to save.
 
         Args:
             options: the saving group; output_dir was checked by check_output.
-            write: writes the network to a path with metadata (Trainee.save); the path's suffix says the format.
+            write: writes what is trained to a path with metadata (Trainee.save); the path's suffix says the format,
+                and without one it is an empty folder.
             metadata: gives the metadata of a file saved at (step, epoch).
             num_epochs: epochs of the whole run; sets the interval for --save_n_epoch_ratio.
             is_main_process: the others write nothing.
-            publish: is told of each file that was saved; None: nobody is.
+            publish: is told of each file or folder that was saved; None: nobody is.
             companions: what else is written beside each file.
+            suffix: of a whole model's files, "" for diffusers folders; None: of a network's, as the options say.
+
+        Raises: UserError where something else has the name of the run's folder.
         """
         self.folder = check_output(options)
         self.name = options.output_name
-        self.suffix = f".{options.save_model_as or 'safetensors'}"
+        self.suffix = f".{options.save_model_as or 'safetensors'}" if suffix is None else suffix
         self.every_n_epochs = epoch_interval(options.save_every_n_epochs, options.save_n_epoch_ratio, num_epochs)
         self.every_n_steps = options.save_every_n_steps
         self.keep_epochs = options.save_last_n_epochs
@@ -150,6 +190,10 @@ class Saver:
         self._is_main_process = is_main_process
         self._publish = publish
         self.companions = companions
+        if suffix is not None and is_main_process:  # what a killed run leaves of a network is small
+            self.remove_abandoned(self.suffix)
+        if not self.suffix:
+            check_replaceable(self.final_path())
 
     def is_epoch_due(self, epoch: int) -> bool:
         """Return whether the end of epoch (1-based) asks for a file; the last epoch's is the final one."""
@@ -205,10 +249,10 @@ class Saver:
         return path
 
     def _write_one(self, path: Path, write: Write, step: int, epoch: int) -> None:
-        with saved_file(path) as partial:
+        with saved_file(path) if self.suffix else saved_folder(path) as partial:
             write(partial, self._metadata(step, epoch))
         self.saved = [other for other in self.saved if other != path] + [path]
-        log.info("saved %s (%.1f MB, step %d)", path, path.stat().st_size / 1e6, step)
+        log.info("saved %s (%.1f MB, step %d)", path, size_of(path) / 1e6, step)
         if self._publish is not None:
             self._publish(path)
 
@@ -224,15 +268,46 @@ class Saver:
             self._remove_one(each)
 
     def _remove_one(self, path: Path) -> None:
-        if not path.exists():
+        if not (path if self.suffix else path / INDEX).exists():
             return
         try:
-            path.unlink()
+            if self.suffix:
+                path.unlink()
+            else:
+                remove_folder(path)
         except OSError as error:
             log.warning("%s is no longer needed but cannot be removed: %s", path, error.strerror)
             return
         self.saved = [other for other in self.saved if other != path]
         log.info("removed %s (only the last ones are kept)", path)
+
+    def remove_abandoned(self, ending: str) -> None:
+        """Remove what a killed run of this name left half written or half removed; other runs share the folder.
+
+        Args:
+            ending: of the names: a file's suffix, "" or "-state" for folders.
+        """
+        names = (
+            re.escape(self.final_path().name.removesuffix(self.suffix)),
+            re.escape(self.step_path(0).name.removesuffix(self.suffix).removesuffix("0" * 8)) + r"\d{8,}",
+            re.escape(self.epoch_path(0).name.removesuffix(self.suffix).removesuffix("0" * 6)) + r"\d{6,}",
+        )
+        end = re.escape(ending)
+        is_file = ending.startswith(".")
+        left = rf"\.\d+{re.escape(MARK)}{end}" if is_file else rf"{end}({re.escape(GONE)}|\.\d+{re.escape(MARK)})"
+        abandoned = re.compile(rf"\.({'|'.join(names)}){left}")
+        for path in self.folder.iterdir():
+            if abandoned.fullmatch(path.name):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def epoch_interval(every_n_epochs: int | None, ratio: int | None, num_epochs: int) -> int | None:

@@ -7,9 +7,7 @@ kept: a state is the trained weights, the optimizer, the schedule, the gradient 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import CheckpointError, UserError
-from library.whole_file import MARK, flush_to_disk
+from library.whole_file import stand_in, whole_folder
 
 FORMAT = 1
 MANIFEST, WEIGHTS, OPTIMIZER = "train_state.json", "network.safetensors", "optimizer.pt"
@@ -67,15 +65,8 @@ def write(folder: Path, manifest: Manifest, contents: Contents) -> None:
 
     Raises: UserError when the disk is full or the folder cannot be written to.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}{MARK}")
+    live = {"optimizer": contents.optimizer, "scheduler": contents.scheduler, "scaler": contents.scaler}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in contents.weights.items()}, partial / WEIGHTS
-        )
-        live = {"optimizer": contents.optimizer, "scheduler": contents.scheduler, "scaler": contents.scaler}
-        torch.save(live, partial / OPTIMIZER)
         told = {
             "format": FORMAT,
             "current_epoch": manifest.epoch,
@@ -87,29 +78,14 @@ def write(folder: Path, manifest: Manifest, contents: Contents) -> None:
             "history": contents.history,
             "validations": contents.validations,
         }
-        (partial / MANIFEST).write_text(json.dumps(told), encoding="utf-8")
-        for name in FILES:
-            flush_to_disk(partial / name)
-        _put_in_place(partial, folder)
+        with whole_folder(folder) as partial:
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in contents.weights.items()}
+            save_file(weights, partial / WEIGHTS)
+            del weights
+            torch.save(live, partial / OPTIMIZER)
+            (partial / MANIFEST).write_text(json.dumps(told), encoding="utf-8")
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder}: the state cannot be saved ({error}). Earlier ones are untouched.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename partial to folder; whenever this is cut off, a whole state is at folder or at its stand-in."""
-    old = stand_in(folder)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def stand_in(folder: Path) -> Path:
-    """Return where the previous state of this name waits while a new one takes its place."""
-    return folder.with_name(f".{folder.name}.old")
 
 
 def find(place: str) -> Path:

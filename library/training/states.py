@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.training import state
 from library.training.saving import Saver, step_to_remove
-from library.whole_file import MARK
+from library.whole_file import remove_folder
 
 if TYPE_CHECKING:
     from library.options.saving import SavingOptions
 
 log = logging.getLogger(__name__)
 
-GONE = ".gone"  # the ending of a state that is being removed
+STATE = "-state"  # ends the name of a state's folder
 
 Write = Callable[[Path, int, int], None]  # to a folder, after a step, in an epoch
 
@@ -51,7 +49,7 @@ class StateSaver:
         self._write = write
         self._publish = publish
         if self.is_at_end:
-            remove_abandoned(saver)
+            saver.remove_abandoned(STATE)
 
     def save_epoch(self, step: int, epoch: int) -> None:
         """Save the state at the end of an epoch, then remove the one that is no longer wanted."""
@@ -80,34 +78,19 @@ class StateSaver:
             self._save(self._saver.step_path(step), step, epoch)
 
     def _save(self, file: Path, step: int, epoch: int) -> None:
-        folder = state_folder(file)
+        folder = state_folder(file, self._saver.suffix)
         self._write(folder, step, epoch)
         log.info("saved the state of step %d: %s", step, folder)
         if self._publish is not None:
             self._publish(folder)
 
     def _remove(self, file: Path) -> None:
-        folder = state_folder(file)
+        folder = state_folder(file, self._saver.suffix)
         if (folder / state.MANIFEST).is_file():
-            gone = folder.with_name(f".{folder.name}{GONE}")  # a kill must not leave half a state under its name
-            folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            remove_folder(folder)
             log.info("removed %s (only the last ones are kept)", folder)
 
 
-def remove_abandoned(saver: Saver) -> None:
-    """Remove what a killed run of this name left half written or half removed; other runs share the folder."""
-    names = (
-        re.escape(saver.final_path().stem),
-        re.escape(saver.step_path(0).stem.removesuffix("0" * 8)) + r"\d{8,}",
-        re.escape(saver.epoch_path(0).stem.removesuffix("0" * 6)) + r"\d{6,}",
-    )
-    abandoned = re.compile(rf"\.({'|'.join(names)})-state({re.escape(GONE)}|\.\d+{re.escape(MARK)})")
-    for left in saver.folder.iterdir():
-        if abandoned.fullmatch(left.name):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def state_folder(file: Path) -> Path:
-    """Return the folder of the state that is saved with a file: name-step00000100-state."""
-    return file.with_name(f"{file.stem}-state")
+def state_folder(file: Path, suffix: str) -> Path:
+    """Return the folder of the state that is saved with a file of this suffix: name-step00000100-state."""
+    return file.with_name(f"{file.name.removesuffix(suffix)}{STATE}")
