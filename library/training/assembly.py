@@ -149,7 +149,15 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
     metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
     latents_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
     publish, publish_state = publishers(setting.uploads, options.hub)
-    saver = Saver(options.saving, trained.save, metadata.at, num_epochs, accelerator.is_main_process, publish)
+    saver = Saver(
+        options.saving,
+        trained.save,
+        metadata.at,
+        num_epochs,
+        accelerator.is_main_process,
+        publish,
+        suffix=setting.checked.method.saved_suffix(options),
+    )
     return Run(
         accelerator=accelerator,
         step=step,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from library.errors import CheckpointError, OptionError
 from library.models import folders
 from library.models.family import Parts
+from library.models.whole_model import FOLDERS, Writer
 from library.training.precision import Precision
 from library.training.saving import save_dtype
 from networks.plugin import OptimizerGroups
@@ -54,7 +55,6 @@ class FullModel:
         options, family = setting.options, setting.family
         stop = stop_of(options)
         made = FullTrainee(
-            family,
             parts,
             Rates.of(options, is_text_trained=stop is None or stop > 0),
             stop,
@@ -67,6 +67,11 @@ class FullModel:
                 parts, made.is_text_trained, is_offloaded=options.training.cpu_offload_checkpointing
             )
         return made
+
+    def saved_suffix(self, options: Options) -> str:
+        """Return how the names of saved models end; diffusers folders' with nothing."""
+        form = form_of(options)
+        return "" if form in FOLDERS else f".{form}"
 
     def may_leave_weights_out(self, options: Options, family: ModelFamily) -> bool:
         """Return whether text encoders have layers that are not read, or are to stop learning."""
@@ -99,6 +104,7 @@ class Rates:
 class Output:
     """What is needed to write whole models, beside what is trained."""
 
+    writer: Writer
     kept: Kept  # of the model that the run starts from
     vae: nn.Module  # on the CPU
     form: str
@@ -111,9 +117,11 @@ class Output:
         Raises: CheckpointError.
         """
         options, family = setting.options, setting.family
+        assert isinstance(family, Writer), "the script of a family that cannot be written whole trains networks"
         checkpoint = options.model.pretrained_model_name_or_path or ""
         dtype = save_dtype(options.saving.save_precision)
         return Output(
+            family,
             family.kept(checkpoint),
             family.load_vae(checkpoint, options.model.vae, dtype or torch.float32),
             form_of(options),
@@ -125,7 +133,6 @@ class Output:
 class FullTrainee:
     """The denoiser and the text encoders of a family."""
 
-    family: ModelFamily
     parts: Parts
     rates: Rates
     stop: int | None  # the optimizer step after which text encoders stay as they are; None: never
@@ -213,7 +220,7 @@ class FullTrainee:
         assert output is not None, "only the main process writes"
         place = (self.steps_done, -(-self.steps_done // self.steps_per_epoch))
         whole = replace(self.parts, vae=output.vae)
-        self.family.save_whole(
+        output.writer.save_whole(
             whole, output.kept, path, form=output.form, dtype=output.dtype, metadata=metadata, place=place
         )
 

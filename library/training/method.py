@@ -42,6 +42,9 @@ class Method(Protocol):
     def trainee(self, setting: Setting, parts: Parts) -> Trainee:
         """Return what is trained, ready on the device."""
 
+    def saved_suffix(self, options: Options) -> str | None:
+        """Return how the names of saved models end, "" for folders; None: as --save_model_as says."""
+
     def may_leave_weights_out(self, options: Options, family: ModelFamily) -> bool:
         """Return whether a step may use only some of the trained weights, which several processes must then look for.
 
@@ -104,6 +107,10 @@ class NetworkMethod:
             )
             trained.enable_gradient_checkpointing()
         return trained
+
+    def saved_suffix(self, options: Options) -> None:
+        """Return None: networks are files of the kind that --save_model_as says."""
+        return
 
     def may_leave_weights_out(self, options: Options, family: ModelFamily) -> bool:
         """Return whether a family leaves out text encoders' last layers, or module dropout any module."""
