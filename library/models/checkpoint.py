@@ -7,7 +7,10 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +28,7 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SHOWN_KEYS = 3
 SAMPLED_ROWS = 8  # of each tensor's first axis, for a fingerprint
 REMAP_BYTES = 2**28
+LOADERS = 4  # threads, among them one that waits for the disk while another casts
 STORED_DTYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -32,10 +36,16 @@ STORED_DTYPES = {  # safetensors' names
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -84,16 +94,24 @@ class SafetensorsFile:
         return tensor
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows start to stop."""
-        return self._file.get_slice(name)[start:stop]
+        """Return rows start to stop, in memory of their own.
+
+        They are read, as each look into a mapped file may fetch megabytes around a row from the disk.
+        """
+        return self._unmapped.rows(name, start, stop)
+
+    @cached_property
+    def _unmapped(self) -> UnmappedFile:
+        return UnmappedFile(self.path, self.shapes)
 
 
 class UnmappedFile:
     """A safetensors file of which each tensor is read when it is asked for, without mapping the file."""
 
-    def __init__(self, path: Path) -> None:
-        mapped = SafetensorsFile(path)  # checks the header, which is all that is touched
-        self.path, self.shapes = path, mapped.shapes
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Read the header, unless its shapes are given and so known to be right. Raises: CheckpointError."""
+        self.path = path
+        self.shapes = SafetensorsFile(path).shapes if shapes is None else shapes
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             self._header: Mapping[str, Any] = json.loads(file.read(header_bytes))
@@ -248,8 +266,8 @@ def load_onto(
 
     Args:
         module: knows the shapes.
-        tensors: (name in the module, tensor) in any floating dtype; consumed one by one. A (out, in, 1, 1) tensor
-            also fits an (out, in) parameter, and the reverse.
+        tensors: (name in the module, tensor) in any floating dtype; consumed one by one, and cast by a few threads. A
+            (out, in, 1, 1) tensor also fits an (out, in) parameter, and the reverse.
         dtype: of every floating tensor afterwards.
         source: the file or folder, for messages.
         part: "U-Net" and so on, for messages.
@@ -259,8 +277,8 @@ def load_onto(
         CheckpointError: a tensor's shape does not fit.
     """
     wanted = module.state_dict()
-    fitted: dict[str, Tensor] = {}
-    for name, tensor in tensors:
+
+    def fit(name: str, tensor: Tensor) -> Tensor:
         shape = wanted[name].shape
         if tensor.shape != shape:
             if math.prod(tensor.shape) != math.prod(shape) or _squeezed(tensor.shape) != _squeezed(shape):
@@ -270,11 +288,28 @@ def load_onto(
                 )
             tensor = tensor.reshape(shape)
         kept_in = torch.float32 if name in in_float32 else dtype
-        fitted[name] = tensor.to(kept_in) if tensor.is_floating_point() else tensor
+        return tensor.to(kept_in) if tensor.is_floating_point() else tensor
+
+    fitted = dict(_in_threads(tensors, fit))
     assert fitted.keys() == wanted.keys(), sorted(wanted.keys() - fitted.keys())[:SHOWN_KEYS]
     module.load_state_dict(fitted, strict=True, assign=True)
     _fill_buffers(module)
     module.requires_grad_(False).eval()
+
+
+def _in_threads(
+    tensors: Iterable[tuple[str, Tensor]], work: Callable[[str, Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor's name and what work makes of it, in order; of the tensors only a few are there at a time."""
+    with ThreadPoolExecutor(LOADERS) as pool:
+        begun: deque[tuple[str, Future[Tensor]]] = deque()
+        for name, tensor in tensors:
+            begun.append((name, pool.submit(work, name, tensor)))
+            if len(begun) > LOADERS:
+                first, done = begun.popleft()
+                yield first, done.result()
+        for first, done in begun:
+            yield first, done.result()
 
 
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:

@@ -228,7 +228,7 @@ def test_complete_caches_need_neither_text_encoders_nor_vae(
 ) -> None:
     caches = (*UNET_ONLY, ON_DISK, "--cache_latents_to_disk")
     first = train(config, *caches, name="first")
-    assert loaded == ["denoiser", "text_encoders", "vae"]
+    assert loaded == ["text_encoders", "denoiser", "vae"]
     loaded.clear()
     second = train(config, *caches, name="second")
     assert loaded == ["denoiser"]
@@ -238,6 +238,30 @@ def test_complete_caches_need_neither_text_encoders_nor_vae(
         loaded.clear()
         train(config, *caches, *previews, name=f"previews{len(list(config.parent.iterdir()))}")
     assert loaded == ["denoiser", "vae"]  # which draws the previews
+
+
+def test_text_encoders_are_let_go_before_the_denoiser_is_loaded(
+    train: Train, config: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = family.load()
+    let_go: list[weakref.ref[nn.Module]] = []
+    alive: list[int] = []
+    load_text_encoders, load_denoiser = type(made).load_text_encoders, type(made).load_denoiser
+
+    def watched(self, *arguments):
+        models = load_text_encoders(self, *arguments)
+        let_go.extend(weakref.ref(module) for model in models for module in model.modules())
+        return models
+
+    def counting(self, *arguments):
+        alive.append(sum(module() is not None for module in let_go))
+        return load_denoiser(self, *arguments)
+
+    monkeypatch.setattr(type(made), "load_text_encoders", watched)
+    monkeypatch.setattr(type(made), "load_denoiser", counting)
+    train(config, *UNET_ONLY, IN_MEMORY)
+    assert let_go
+    assert alive == [0]
 
 
 def test_nobody_holds_the_text_encoders_and_the_vae_while_training(
