@@ -7,9 +7,7 @@ import json
 import logging
 import math
 import pickle
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +26,6 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SHOWN_KEYS = 3
 SAMPLED_ROWS = 8  # of each tensor's first axis, for a fingerprint
 REMAP_BYTES = 2**28
-LOADERS = 4  # threads, among them one that waits for the disk while another casts
 STORED_DTYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -266,8 +263,8 @@ def load_onto(
 
     Args:
         module: knows the shapes.
-        tensors: (name in the module, tensor) in any floating dtype; consumed one by one, and cast by a few threads. A
-            (out, in, 1, 1) tensor also fits an (out, in) parameter, and the reverse.
+        tensors: (name in the module, tensor) in any floating dtype; consumed one by one. A (out, in, 1, 1) tensor
+            also fits an (out, in) parameter, and the reverse.
         dtype: of every floating tensor afterwards.
         source: the file or folder, for messages.
         part: "U-Net" and so on, for messages.
@@ -290,26 +287,11 @@ def load_onto(
         kept_in = torch.float32 if name in in_float32 else dtype
         return tensor.to(kept_in) if tensor.is_floating_point() else tensor
 
-    fitted = dict(_in_threads(tensors, fit))
+    fitted = {name: fit(name, tensor) for name, tensor in tensors}
     assert fitted.keys() == wanted.keys(), sorted(wanted.keys() - fitted.keys())[:SHOWN_KEYS]
     module.load_state_dict(fitted, strict=True, assign=True)
     _fill_buffers(module)
     module.requires_grad_(False).eval()
-
-
-def _in_threads(
-    tensors: Iterable[tuple[str, Tensor]], work: Callable[[str, Tensor], Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor's name and what work makes of it, in order; of the tensors only a few are there at a time."""
-    with ThreadPoolExecutor(LOADERS) as pool:
-        begun: deque[tuple[str, Future[Tensor]]] = deque()
-        for name, tensor in tensors:
-            begun.append((name, pool.submit(work, name, tensor)))
-            if len(begun) > LOADERS:
-                first, done = begun.popleft()
-                yield first, done.result()
-        for first, done in begun:
-            yield first, done.result()
 
 
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ class Family:
     last_layers: tuple[str, str] = tuple(f"lora_te_text_model_encoder_layers_{index}_" for index in (11, 10))
     is_last_layer_read: bool = True
     text_groups: tuple[str, ...] = ("te",)  # how names of text encoders' modules begin after lora_
+    denoiser_part: str = "model.diffusion_model.middle_block"  # a part of the denoiser in a checkpoint
     text_prefix: str = "cond_stage_model"  # of a text encoder in a checkpoint
     idle: tuple[str, ...] = ()  # options that other families have, and this one warns about
     refused: tuple[str, ...] = ()  # options and network modules that other families have, and this one cannot carry out
@@ -123,8 +124,19 @@ SD35M = Family(
     pipeline="StableDiffusion3Pipeline",
     last_layers=("lora_te1_text_model_encoder_layers_2_", "lora_te1_text_model_encoder_layers_1_"),
     text_groups=("te1", "te2"),
+    denoiser_part="model.diffusion_model.joint_blocks.1",
     text_prefix="text_encoders.clip_l",
-    idle=("--clip_skip", "--max_token_length"),
+    idle=(
+        "--clip_skip",
+        "--max_token_length",
+        "--noise_offset",
+        "--adaptive_noise_scale",
+        "--multires_noise_iterations",
+        "--ip_noise_gamma",
+        "--min_snr_gamma",
+        "--debiased_estimation_loss",
+        "--sample_sampler",
+    ),
     refused=("--weighted_captions", "networks.oft"),
     right=("checkpoint of SD 3", "layers that are not there"),
     lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|joint_blocks_([4-9]|\d\d)_"
