@@ -1,6 +1,7 @@
 """Training at true size: random weights in the shapes of the real checkpoint, at 64 pixels on the CPU.
 
-Stable Diffusion 1.5 in float32, or, with --family sdxl, SDXL: a float16 file trained in bfloat16.
+Stable Diffusion 1.5 in float32, or a float16 file trained in bfloat16: SDXL with --family sdxl, and with --family sd35m
+SD3.5 medium, T5-XXL and all else in one file.
 
 The documented command runs twice in processes of their own: for one step, which gives the time from the command to the
 first step; then for more, which gives the time of a step. Peak memory is the process's resident set, the pages of the
@@ -27,6 +28,9 @@ from measuring import ROOT, Figure, conclude, load, make_parser
 
 NUM_IMAGES = 6  # of the data set, and so steps in an epoch
 BYTES = {"F32": 4, "F16": 2}  # of a number, by its name in a file
+TEXT_ENCODERS = ("clip_l", "clip_g", "t5xxl")
+RANDOM_NUMBERS = 2**24  # that are drawn; a larger tensor has them again and again
+PIECE_BYTES = 2**30
 MODELS, NETWORKS = ROOT / "tests" / "data" / "models", ROOT / "tests" / "data" / "networks"
 DATASET = """
 [general]
@@ -42,11 +46,13 @@ conditioning_data_dir = "examples/data/photos_mask"
 # Loading maps the file; only what looks into each page of memory has read it.
 LOAD = """
 import sys, time
+from dataclasses import fields
 import torch
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, T5EncoderModel
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from importlib import import_module
-family = getattr(import_module(sys.argv[2]), sys.argv[3])()
+kind = getattr(import_module(sys.argv[2]), sys.argv[3])
+family = kind(sys.argv[1]) if next(iter(fields(kind))).name == "checkpoint" else kind()
 start = time.perf_counter()
 parts = family.load(sys.argv[1], None, getattr(torch, sys.argv[4]))
 for model in (parts.denoiser, parts.vae, *parts.text_encoders):
@@ -63,8 +69,10 @@ class Family:
     script: str
     place: tuple[str, str]  # module and class of the family
     keys: str  # in the names of the tables of the tests
+    variant: str  # of the keys of a network: what is adapted
     file_format: str  # of the numbers in the checkpoint
     loaded_format: str  # torch's name for that in memory
+    module: str = "networks.lora"
     words: tuple[str, ...] = ()
     max_first_step_s: float | None = None
     max_step_s: float | None = None
@@ -77,6 +85,7 @@ FAMILIES = {
         "train_network.py",
         ("library.models.sd", "Sd"),
         "sd15",
+        "default",
         "F32",
         "float32",
         max_first_step_s=12,
@@ -88,10 +97,22 @@ FAMILIES = {
         "sdxl_train_network.py",
         ("library.models.sdxl", "Sdxl"),
         "sdxl",
+        "default",
         "F16",
         "bfloat16",
         words=("--mixed_precision=bf16",),
         max_peak_gb=24 * 1.024**3,  # the memory of a small machine
+    ),
+    "sd35m": Family(
+        "sd3_train_network.py",
+        ("library.models.sd3", "Sd3"),
+        "sd35m",
+        "unet_only",
+        "F16",
+        "bfloat16",
+        module="networks.lora_sd3",
+        words=("--mixed_precision=bf16", "--cache_text_encoder_outputs", "--network_train_unet_only"),
+        max_peak_gb=24 * 1.024**3,
     ),
 }
 
@@ -112,6 +133,18 @@ def read(path: Path) -> Any:
         return json.load(file)
 
 
+def shapes_of(family: Family) -> dict[str, Sequence[int]]:
+    """Return the shapes of a whole checkpoint, with the text encoders that the tables keep apart from it."""
+    table = read(MODELS / f"base_keys_{family.keys}.json.gz")
+    apart = {name: table["text_encoder_files"][name] for name in TEXT_ENCODERS if "text_encoder_files" in table}
+    texts = {
+        f"text_encoders.{encoder}.transformer.{name}": shape
+        for encoder, shapes in apart.items()
+        for name, shape in shapes.items()
+    }
+    return table["required"] | texts
+
+
 def make_model(path: Path, shapes: Mapping[str, Sequence[int]], file_format: str) -> None:
     """Write a checkpoint of random weights, a tensor at a time, unless it is there."""
     import numpy as np
@@ -125,13 +158,16 @@ def make_model(path: Path, shapes: Mapping[str, Sequence[int]], file_format: str
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     generator = np.random.default_rng(0)
+    numbers = 0.02 * generator.standard_normal(RANDOM_NUMBERS, dtype=np.float32)
+    numbers = numbers.astype(f"<f{BYTES[file_format]}")
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            values = 0.02 * generator.standard_normal(int(np.prod(shape)), dtype=np.float32)
-            if len(shape) == 1 and name.endswith("weight"):
-                values += 1  # a norm
-            file.write(values.astype(f"<f{BYTES[file_format]}").tobytes())
+            count, begin = int(np.prod(shape)), int(generator.integers(RANDOM_NUMBERS // 2))
+            while count:
+                values = numbers[begin : begin + count]
+                file.write(values + 1 if len(shape) == 1 and name.endswith("weight") else values)  # a norm's is about 1
+                count, begin = count - len(values), 0
 
 
 def train(family: Family, model: Path, dataset: Path, output: Path, num_steps: int) -> Measured:
@@ -139,7 +175,7 @@ def train(family: Family, model: Path, dataset: Path, output: Path, num_steps: i
     options = {
         "pretrained_model_name_or_path": model,
         "dataset_config": dataset,
-        "network_module": "networks.lora",
+        "network_module": family.module,
         "network_dim": 16,
         "network_alpha": 8,
         "learning_rate": 1e-4,
@@ -201,10 +237,11 @@ def load_alone(family: Family, model: Path) -> tuple[float, float]:
 
 
 def read_whole(path: Path) -> float:
-    """Return the seconds that reading a file into memory takes."""
+    """Return the seconds that reading a file into memory takes, of which a piece is kept at a time."""
     start = time.perf_counter()
-    whole = path.read_bytes()
-    assert whole
+    with path.open("rb") as file:
+        while file.read(PIECE_BYTES):
+            pass
     return time.perf_counter() - start
 
 
@@ -231,7 +268,7 @@ def measure(family: Family, model: Path, folder: Path, num_epochs: int, runs: in
             output = folder / f"{name}{number}"
             output.mkdir()
             found = train(family, model, dataset, output, count)
-            expected = frozenset(read(NETWORKS / f"lora_keys_{family.keys}.json.gz")["variants"]["default"])
+            expected = frozenset(read(NETWORKS / f"lora_keys_{family.keys}.json.gz")["variants"][family.variant])
             assert found.keys == expected, f"{len(found.keys ^ expected)} keys differ from those of sd-scripts"
             peaks.append(found.peak_gb)
             if count == 1:
@@ -250,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of the longer run (default 4; 0: there is none)")
     parser.add_argument("--runs", type=int, default=3, help="pairs of runs (default 3)")
     parser.add_argument("--family", choices=FAMILIES, default="sd15")
+    parser.add_argument("--without_loading", action="store_true", help="only train: all models are never there at once")
     parser.add_argument("--model", type=Path, help="made here unless it exists; default: in a temporary folder")
     arguments = parser.parse_args(argv)
     if arguments.quick:
@@ -258,8 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or Path(folder) / "model.safetensors"
         family = FAMILIES[arguments.family]
-        make_model(model, read(MODELS / f"base_keys_{family.keys}.json.gz")["required"], family.file_format)
-        figures = measure_loading(family, model, arguments.runs)
+        make_model(model, shapes_of(family), family.file_format)
+        figures = [] if arguments.without_loading else measure_loading(family, model, arguments.runs)
         figures += measure(family, model, Path(folder), arguments.epochs, arguments.runs)
     conclude(arguments, figures, load_before)
 

@@ -8,6 +8,7 @@ import logging
 import math
 import pickle
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,10 +34,16 @@ STORED_DTYPES = {  # safetensors' names
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -85,16 +92,24 @@ class SafetensorsFile:
         return tensor
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows start to stop."""
-        return self._file.get_slice(name)[start:stop]
+        """Return rows start to stop, in memory of their own.
+
+        They are read, as each look into a mapped file may fetch megabytes around a row from the disk.
+        """
+        return self._unmapped.rows(name, start, stop)
+
+    @cached_property
+    def _unmapped(self) -> UnmappedFile:
+        return UnmappedFile(self.path, self.shapes)
 
 
 class UnmappedFile:
     """A safetensors file of which each tensor is read when it is asked for, without mapping the file."""
 
-    def __init__(self, path: Path) -> None:
-        mapped = SafetensorsFile(path)  # checks the header, which is all that is touched
-        self.path, self.shapes = path, mapped.shapes
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Read the header, unless its shapes are given and so known to be right. Raises: CheckpointError."""
+        self.path = path
+        self.shapes = SafetensorsFile(path).shapes if shapes is None else shapes
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             self._header: Mapping[str, Any] = json.loads(file.read(header_bytes))
@@ -262,8 +277,8 @@ def load_onto(
         CheckpointError: a tensor's shape does not fit.
     """
     wanted = module.state_dict()
-    fitted: dict[str, Tensor] = {}
-    for name, tensor in tensors:
+
+    def fit(name: str, tensor: Tensor) -> Tensor:
         shape = wanted[name].shape
         if tensor.shape != shape:
             if math.prod(tensor.shape) != math.prod(shape) or _squeezed(tensor.shape) != _squeezed(shape):
@@ -273,7 +288,9 @@ def load_onto(
                 )
             tensor = tensor.reshape(shape)
         kept_in = torch.float32 if name in in_float32 else dtype
-        fitted[name] = tensor.to(kept_in) if tensor.is_floating_point() else tensor
+        return tensor.to(kept_in) if tensor.is_floating_point() else tensor
+
+    fitted = {name: fit(name, tensor) for name, tensor in tensors}
     assert fitted.keys() == wanted.keys(), sorted(wanted.keys() - fitted.keys())[:SHOWN_KEYS]
     module.load_state_dict(fitted, strict=True, assign=True)
     _fill_buffers(module)

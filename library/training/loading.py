@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from library.models import float8
-from library.models.family import Parts
+from library.models.family import Absent, Parts
 from library.training import data as training_data
 from library.training import text_cache
 from library.training.text_cache import Texts
@@ -37,8 +37,12 @@ def load(setting: Setting) -> Loaded:
     """Return the models and all that is to be cached; what only the caches needed has been let go."""
     options, family, formats = setting.options, setting.family, setting.checked.precision
     checkpoint = options.model.pretrained_model_name_or_path or ""
-    denoiser = family.load_denoiser(checkpoint, formats.frozen)
-    parts, texts = load_text(setting, Parts(denoiser, (), None))
+    if options.caching.cache_text_encoder_outputs and not options.network.base_weights:
+        # text encoders may be larger than the denoiser: they are let go before it comes
+        parts, texts = load_text(setting, Parts(Absent(), (), None))
+        parts = replace(parts, denoiser=family.load_denoiser(checkpoint, formats.frozen))
+    else:
+        parts, texts = load_text(setting, Parts(family.load_denoiser(checkpoint, formats.frozen), (), None))
     log.info("loaded %s", checkpoint)
     family.set_attention(parts, "xformers" if options.training.xformers else "sdpa")
     vae, latents = load_vae(setting, parts)
@@ -48,7 +52,12 @@ def load(setting: Setting) -> Loaded:
 
 
 def load_text(setting: Setting, parts: Parts) -> tuple[Parts, Texts | None]:
-    """Return parts with the text encoders, or without them but with what they make of every caption."""
+    """Return parts with the text encoders, or without them but with what they make of every caption.
+
+    Args:
+        setting: of the run.
+        parts: the denoiser is needed only where --base_weights are merged, before captions are encoded.
+    """
     options, family, formats = setting.options, setting.family, setting.checked.precision
     checkpoint = options.model.pretrained_model_name_or_path or ""
     if not options.caching.cache_text_encoder_outputs:
@@ -58,9 +67,10 @@ def load_text(setting: Setting, parts: Parts) -> tuple[Parts, Texts | None]:
     if pending.num_missing or options.network.base_weights:
         parts = replace(parts, text_encoders=family.load_text_encoders(checkpoint, formats.frozen))
         place_text_encoders(setting, parts)
-        if options.network.base_weights and not options.training.blocks_to_swap:
-            parts.denoiser.to(accelerator.device)
-        merge_base_weights(setting, parts)
+        if options.network.base_weights:
+            if not options.training.blocks_to_swap:
+                parts.denoiser.to(accelerator.device)
+            merge_base_weights(setting, parts)
     texts = text_cache.fill(pending, family, parts, formats.autocast, accelerator)
     is_loaded = bool(parts.text_encoders)
     kept = (

@@ -115,12 +115,10 @@ def test_what_has_changed_since_the_state_is_said(train, config, pictures, caplo
     folder = whole.folder / "out" / "lora-state"
     other = write_toml(whole.folder / "other.toml", subset(pictures.cutouts, alpha_mask=True))
     with caplog.at_level(logging.WARNING):
-        train(
-            other, "--max_train_steps", 3, "--resume", folder, "--noise_offset", 0.1, "--learning_rate", 0.5, name="b"
-        )
+        train(other, "--max_train_steps", 3, "--resume", folder, "--min_timestep", 5, "--learning_rate", 0.5, name="b")
     said = caplog.text
     assert "the dataset has changed (5 images then, 2 now)" in said
-    assert "--noise_offset was not given, is 0.1" in said
+    assert "--min_timestep was not given, is 5" in said
     assert "--learning_rate was" in said
     assert "is 0.5 (the state's counts)" in said
 

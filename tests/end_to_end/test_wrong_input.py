@@ -370,11 +370,11 @@ def test_a_file_with_code_in_it_is_refused_and_the_code_not_run(option, attempt,
     assert not (attempt.folder / "run").exists()
 
 
-@pytest.mark.parametrize("part", ["model.diffusion_model.middle_block", None, "first_stage_model.encoder"])
+@pytest.mark.parametrize("part", ["denoiser_part", "text_prefix", "first_stage_model.encoder"])
 @pytest.mark.parametrize("cache", [(), ("--cache_latents",)], ids=["decoded", "cached"])
 def test_a_checkpoint_with_nan_is_blamed_and_not_the_images(part, cache, attempt: Attempt, family: Family, capsys):
     """Looking for it at the start would read gigabytes, so that it is looked for when a loss breaks."""
-    tensors, part = load_file(family.checkpoint()), part or family.text_prefix
+    tensors, part = load_file(family.checkpoint()), getattr(family, part, part)
     name = next(name for name, tensor in tensors.items() if name.startswith(part) and tensor.dim() > 1)
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, attempt.folder / "nan.safetensors")

@@ -1,10 +1,12 @@
+import weakref
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import CheckpointError
-from library.models.checkpoint import write_safetensors
+from library.models.checkpoint import LOADERS, build_on_meta, load_onto, open_tensors, write_safetensors
 from library.models.sd import Sd
 from tests.tiny_models import tiny_sd15, tiny_sd15_folder, tiny_sd21, tiny_sd21_folder
 
@@ -99,6 +101,52 @@ def test_weights_are_cast_while_loading_and_the_vae_may_differ():
     assert {parameter.dtype for parameter in parts.denoiser.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in parts.text_encoders[0].parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in parts.vae.parameters()} == {torch.float32}
+
+
+def test_each_weight_of_a_large_layer_is_cast_to_its_own_place():
+    weights = {f"{number}.weight": torch.full((3, 2), number, dtype=torch.float16) for number in range(50)}
+    module = build_on_meta(lambda: torch.nn.Sequential(*(torch.nn.Linear(2, 3, bias=False) for _ in range(50))))
+    load_onto(module, weights.items(), torch.bfloat16, "a file", "layers", in_float32={"7.weight"})
+    assert all(torch.equal(layer.weight, torch.full((3, 2), number)) for number, layer in enumerate(module))
+    assert {layer.weight.dtype for layer in module} == {torch.bfloat16, torch.float32}
+    assert module[7].weight.dtype == torch.float32
+
+
+def test_only_a_few_tensors_of_the_file_are_in_memory_beside_the_model():
+    alive, most = weakref.WeakSet(), 0
+
+    def tensors():
+        nonlocal most
+        for number in range(50):
+            tensor = torch.zeros(3, 2, dtype=torch.float16)
+            alive.add(tensor)
+            most = max(most, len(alive))
+            yield f"{number}.weight", tensor
+
+    module = build_on_meta(lambda: torch.nn.Sequential(*(torch.nn.Linear(2, 3, bias=False) for _ in range(50))))
+    load_onto(module, tensors(), torch.bfloat16, "a file", "layers")
+    assert 1 <= most <= LOADERS + 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint16])
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_rows_of_a_file_are_those_of_the_whole_tensor(tmp_path, dtype, is_mapped):
+    stored = {"first": torch.zeros(5), "grid": torch.arange(24).reshape(6, 2, 2).to(dtype)}
+    save_file(stored, tmp_path / "model.safetensors")
+    file = open_tensors(tmp_path / "model.safetensors", is_mapped=is_mapped)
+    found = file.rows("grid", 2, 5)
+    assert found.dtype == dtype
+    assert torch.equal(found.to(torch.float32), stored["grid"].to(torch.float32)[2:5])
+
+
+def test_rows_are_copies_that_keep_nothing_of_the_file_mapped(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"grid": torch.ones(6, 2)}, path)
+    rows = open_tensors(path).rows("grid", 0, 6)
+    with path.open("r+b") as file:
+        file.seek(-48, 2)
+        file.write(bytes(48))
+    assert torch.equal(rows, torch.ones(6, 2))
 
 
 def test_loaded_models_are_frozen_and_in_eval_mode():
