@@ -165,10 +165,9 @@ def test_the_unused_layer_of_the_source_is_kept(tmp_path):
 
 
 def test_an_old_files_names_are_written_as_they_are_today(tmp_path):
-    tensors = load_file(with_extras(tmp_path / "a.safetensors"))
-    save_file(
-        {name.replace("text_model.", ""): tensor for name, tensor in tensors.items()}, tmp_path / "old.safetensors"
-    )
+    today = load_file(with_extras(tmp_path / "a.safetensors"))
+    old = {name.replace("text_model.", ""): tensor for name, tensor in today.items()}
+    save_file(old, tmp_path / "old.safetensors")
     parts = trained(Sd(), tmp_path / "old.safetensors")
     path = save(Sd(), parts, Sd().kept(str(tmp_path / "old.safetensors")), tmp_path, "safetensors")
     assert load_file(path).keys() == load_file(tmp_path / "a.safetensors").keys()

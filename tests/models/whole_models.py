@@ -1,5 +1,6 @@
 """What the tests of whole models that are written have in common."""
 
+import functools
 import warnings
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def tensors_of(family: WholeFamily, parts: Parts) -> dict[str, torch.Tensor]:
     return sdxl.original_tensors(parts) if isinstance(family, sdxl.Sdxl) else sd.original_tensors(parts, family.v2)
 
 
+@functools.cache
 def trained(family: WholeFamily, checkpoint: Path) -> Parts:
-    """Return the models of a checkpoint, every weight a little changed, as training does."""
+    """Return the models of a checkpoint, every weight a little changed, as training does. Do not change them."""
     parts = family.load(str(checkpoint), None, torch.float32)
     generator = torch.Generator().manual_seed(1)
     for module in (parts.denoiser, *parts.text_encoders):
