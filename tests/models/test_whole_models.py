@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from full_disk import largest_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from library.errors import CheckpointError, UserError
 from library.models import clip, pickling, whole_model
 from library.models.family import Parts
 from library.models.sd import Sd
@@ -202,6 +204,13 @@ def test_a_ckpt_counts_on_from_its_source(tmp_path):
     assert (content["epoch"], content["global_step"]) == (2, 7)
 
 
+def test_a_source_without_a_whole_unet_is_told(tmp_path):
+    broken = {name: tensor for name, tensor in load_file(tiny_sd15()).items() if ".input_blocks.1." not in name}
+    save_file(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(CheckpointError, match=r"broken.safetensors: the U-Net's tensors do not have the structure"):
+        Sd().kept(str(tmp_path / "broken.safetensors"))
+
+
 # ---- other programs -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("model", ["1", "2v", "xl"])
@@ -230,6 +239,14 @@ def test_diffusers_makes_the_same_of_what_is_written(tmp_path, model, form):
         torch.testing.assert_close(pooled, text[2], atol=1e-5, rtol=1e-5)
     else:
         torch.testing.assert_close(pipeline.text_encoder(theirs)[0], text, atol=1e-5, rtol=1e-5)
+    sizes = torch.tensor([[64, 64]])
+    batch = SimpleNamespace(original_sizes=sizes, crop_top_lefts=sizes * 0, target_sizes=sizes)
+    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    predictions = [
+        family.predict(Parts(denoiser, (), None), noisy, torch.tensor([500]), text, batch)
+        for denoiser in (parts.denoiser, pipeline.unet)
+    ]
+    torch.testing.assert_close(*predictions, atol=1e-4, rtol=1e-4)
     theirs, ours = pipeline.unet.state_dict(), parts.denoiser.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name].reshape(theirs[name].shape)) for name in ours)
@@ -298,8 +315,6 @@ def test_a_pickled_file_is_a_sound_zip_archive_with_aligned_tensors(tmp_path):
 # ---- failures -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", FORMS)
 def test_a_write_that_fails_half_way_leaves_the_old_model_whole(tmp_path, form):
-    from library.errors import UserError
-
     parts, kept = trained(Sd(), tiny_sd15()), Sd().kept(str(tiny_sd15()))
     old = save(Sd(), parts, kept, tmp_path, form)
     before = {file: file.read_bytes() for file in (old.rglob("*") if old.is_dir() else [old]) if file.is_file()}
