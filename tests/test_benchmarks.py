@@ -78,7 +78,13 @@ def test_the_benchmark_of_true_size_trains_and_finds_the_keys_of_the_reference(c
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
-@pytest.mark.parametrize(("model", "make"), [("sd15", tiny_models.tiny_sd15), ("sdxl", tiny_models.tiny_sdxl)])
+@pytest.mark.parametrize(
+    ("model", "make"),
+    [
+        pytest.param("sd15", tiny_models.tiny_sd15, marks=pytest.mark.slow),
+        ("sdxl", tiny_models.tiny_sdxl),
+    ],
+)
 def test_the_benchmark_of_a_gpu_runs_where_there_is_none(capsys, model, make):
     found = run("gpu_step", capsys, "--models", model, "--shapes", make())
     case = f"{model}, batch 1, checkpointing, compiled"

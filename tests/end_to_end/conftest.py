@@ -4,7 +4,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from end_to_end.training_runs import FAMILIES, Family, Pictures, Trained, arguments, draw_pictures, subset, write_toml
+from end_to_end.training_runs import (
+    FAMILIES,
+    SDXL,
+    Family,
+    Pictures,
+    Trained,
+    arguments,
+    draw_pictures,
+    subset,
+    write_toml,
+)
 
 Train = Callable[..., Trained]
 # Files whose tests look at what a family does. Those of the others pass through it: slow with all but the first.
@@ -19,13 +29,16 @@ OF_EVERY_FAMILY = (
     "test_sd3",
 )
 
+OF_THE_MIDDLE = ("test_files", "test_masks", "test_metadata_keys")  # of SDXL, between SD 1.5 and SD3 in most
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave the tests that depend little on the family to a run of the slow ones, with all families but the first."""
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")  # type: ignore[attr-defined]
-        if family in FAMILIES[1:] and item.path.stem not in OF_EVERY_FAMILY:
+        places = OF_THE_MIDDLE if family == SDXL else OF_EVERY_FAMILY
+        if family in FAMILIES[1:] and item.path.stem not in places:
             item.add_marker(pytest.mark.slow)
 
 

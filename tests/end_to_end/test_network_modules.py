@@ -13,8 +13,9 @@ RESUMED = {"networks.dylora": ("unit=4",)}  # one slice, so that all ranks compu
 
 
 @pytest.fixture(params=MODULES)
-def module(request):
+def module(request, family):
     """The name of each module in turn."""
+    family.skip_unless_taken(request.param)
     return request.param
 
 

@@ -182,7 +182,7 @@ def test_a_state_holds_the_weights_as_trained_not_as_saved(train, config):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(train, family, config, tmp_path, kills):
     steps = ("--max_train_steps", 10 * kills, "--save_every_n_steps", 1, "--save_last_n_steps", 2, "--save_state")
     whole = train(config, "--max_train_steps", 10 * kills, name="whole")

@@ -46,7 +46,11 @@ NETWORK_ARGS = (
 )
 
 
-@pytest.fixture(params=(SD35M, SD3M), ids=lambda family: family.base_model_version, scope="module")
+def version_of(family: Family) -> str:
+    return family.base_model_version
+
+
+@pytest.fixture(params=(SD35M, SD3M), ids=version_of, scope="module")
 def family(request: pytest.FixtureRequest) -> Family:
     """Both architectures of medium size."""
     return request.param
@@ -67,6 +71,7 @@ def nine_blocks(folder: Path) -> Path:
 
 
 # ---- the guide ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", [SD35M, pytest.param(SD3M, marks=pytest.mark.slow)], indirect=True, ids=version_of)
 def test_the_guides_command_trains(family: Family, config: Path, tmp_path: Path):
     apart = tiny_models.tiny_sd3_apart(family.base_model_version)
     argv = [f"--pretrained_model_name_or_path={apart / 'model.safetensors'}", f"--vae={apart / 'vae.safetensors'}"]

@@ -84,7 +84,13 @@ def uneven(pictures: Pictures, folder: Path, batch_size: int) -> Path:
 NOISES = ("--noise_offset", 0.1, "--multires_noise_iterations", 3, "--ip_noise_gamma", 0.1, "--min_snr_gamma", 5)
 
 
-@pytest.mark.parametrize("more", [("--cache_latents",), ("--gradient_accumulation_steps", 2, *NOISES)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("--cache_latents",), marks=pytest.mark.slow),
+        ("--gradient_accumulation_steps", 2, *NOISES),
+    ],
+)
 def test_two_processes_train_as_one_with_twice_the_batch(more, family: Family, pictures, tmp_path):
     """The same images, noise and timesteps give the same weights and losses; batches need not divide evenly."""
     steps = ("--max_train_epochs", 2, "--prior_loss_weight", 0.5, "--optimizer_type", "SGD", *more)

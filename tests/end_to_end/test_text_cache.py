@@ -105,8 +105,9 @@ def pixels_of(folder: Path) -> list[str]:
     ids=["plain", "bf16", "dropout", "long"],
 )
 def test_captions_encoded_before_training_train_the_same_network(
-    more, train: Train, config: Path, tmp_path: Path
+    more, train: Train, config: Path, tmp_path: Path, family: Family
 ) -> None:
+    family.skip_unless_taken(*more)
     plain = train(config, *UNET_ONLY, *more, name="plain")
     disk = (ON_DISK, "--cache_dir", tmp_path / "cache")
     for name, cache in {"memory": (IN_MEMORY,), "disk": disk, "again": disk}.items():
@@ -127,8 +128,10 @@ def test_wildcards_and_lines_are_all_encoded(train: Train, tmp_path: Path) -> No
 
 
 def test_previews_validation_and_preserved_pictures_are_as_without_the_cache(
-    train: Train, photos: Pictures, prompts: Path, tmp_path: Path
+    train: Train, photos: Pictures, prompts: Path, tmp_path: Path, family: Family
 ) -> None:
+    if family.script == "sd3_train_network":
+        pytest.skip("T5 rounds a caption otherwise beside another one; see test_sd3.py")
     config = write_toml(
         tmp_path / "d.toml",
         subset(photos.photos, validation_split=0.5, validation_seed=1),
@@ -163,6 +166,7 @@ def test_what_is_merged_into_the_text_encoder_is_in_its_outputs(train: Train, co
     assert differing(train(config, *UNET_ONLY, ON_DISK, name="without").tensors, plain.tensors)
 
 
+@pytest.mark.slow
 def test_processes_share_the_captions_and_train_as_one(family: Family, photos: Pictures, tmp_path: Path) -> None:
     """Five captions: one process encodes three of them, the other two; batches hold images of both."""
     for i in range(3):
@@ -196,7 +200,10 @@ def test_a_model_of_a_folder_trains_the_same_network_however_much_of_it_is_loade
 @pytest.mark.parametrize(
     "module", [("networks.dylora", "unit=2"), ("networks.oft", ""), ("lycoris.kohya", "algo=locon")], ids=lambda m: m[0]
 )
-def test_other_networks_train_the_same_with_captions_encoded_before(module, train: Train, config: Path) -> None:
+def test_other_networks_train_the_same_with_captions_encoded_before(
+    module, train: Train, config: Path, family: Family
+) -> None:
+    family.skip_unless_taken(module[0])
     name, arguments = module
     pytest.importorskip(name.partition(".")[0])
     options = (*UNET_ONLY, "--network_module", name, "--network_dim", 4)
@@ -303,7 +310,8 @@ def test_a_second_start_encodes_nothing_and_an_edited_caption_only_itself(
     [("--max_token_length", 150), ("--weighted_captions",), ("--mixed_precision", "bf16")],
     ids=lambda more: more[0],
 )
-def test_what_decides_how_captions_are_encoded_makes_the_cache_stale(more, encoded: Encoded) -> None:
+def test_what_decides_how_captions_are_encoded_makes_the_cache_stale(more, encoded: Encoded, family: Family) -> None:
+    family.skip_unless_taken(*more, idle=True)
     assert encoded() == 2
     assert encoded(*more) == 2
     assert encoded(*more) == 0
@@ -313,7 +321,10 @@ def test_another_text_encoder_makes_the_cache_stale_and_another_unet_does_not(
     encoded: Encoded, family: Family, tmp_path: Path
 ) -> None:
     tensors = tensors_of(family.checkpoint())
-    for parts, number in {("cond_stage_model.", "conditioner."): 2, ("model.diffusion_model.",): 0}.items():
+    for parts, number in {
+        ("cond_stage_model.", "conditioner.", "text_encoders."): 2,
+        ("model.diffusion_model.",): 0,
+    }.items():
         encoded()
         changed = {name: t * 1.01 if name.startswith(parts) and t.dim() > 1 else t for name, t in tensors.items()}
         other = tmp_path / f"{parts[0]}safetensors"
@@ -357,6 +368,8 @@ def test_the_cache_lies_beside_the_images_or_in_cache_dir(encoded: Encoded, phot
 def test_what_cannot_be_encoded_before_training_is_refused_before_a_model_is_loaded(
     more, words: str, family: Family, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    if words == "the text encoders cannot be trained" and family.script == "sd3_train_network":
+        pytest.skip("CLIP is trained beside what T5 makes of captions")
     assert family.run(*arguments(family, tmp_path, config, IN_MEMORY, *more)) == 2
     errors = capfd.readouterr().err
     assert words in errors

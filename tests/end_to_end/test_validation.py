@@ -118,6 +118,7 @@ def test_a_resumed_run_measures_what_the_uninterrupted_one_did_and_reports_all(t
     assert "images held back" in pages[0]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_batches_and_measure_what_one_does(train, family, images, tmp_path):
     """Three batches: one process has two of them, the other one."""
     config = write_toml(tmp_path / "d.toml", subset(images), batch_size=1, validation_split=0.6)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny_models
 import torch
 from PIL import Image
@@ -46,7 +47,7 @@ class Family:
     text_groups: tuple[str, ...] = ("te",)  # how names of text encoders' modules begin after lora_
     text_prefix: str = "cond_stage_model"  # of a text encoder in a checkpoint
     idle: tuple[str, ...] = ()  # options that other families have, and this one warns about
-    refused: tuple[str, ...] = ()  # options that other families have, and this one cannot carry out
+    refused: tuple[str, ...] = ()  # options and network modules that other families have, and this one cannot carry out
     right: tuple[str, ...] = ()  # cases of test_wrong_input.py that are no mistakes with this family
     lacks: str = "$^"  # a pattern for the keys of modules that the tiny checkpoint has fewer of than the true one
     switches: tuple[str, ...] = ()  # options that say which model of the family it is
@@ -55,6 +56,11 @@ class Family:
     def run(self, *argv: object) -> int:
         """Return the exit code of a training with these arguments, in this process."""
         return main(self.script, self.place, [str(argument) for argument in argv])
+
+    def skip_unless_taken(self, *words: object, idle: bool = False) -> None:
+        """Skip a test of options or modules that this family refuses or, with idle, has no use for."""
+        if set(words) & {*self.refused, *(self.idle if idle else ())}:
+            pytest.skip("not with this family")
 
     def load(self) -> tuple[ModelFamily, Parts]:
         """Return the family and the models of the tiny checkpoint, float32."""
@@ -119,7 +125,7 @@ SD35M = Family(
     text_groups=("te1", "te2"),
     text_prefix="text_encoders.clip_l",
     idle=("--clip_skip", "--max_token_length"),
-    refused=("--weighted_captions",),
+    refused=("--weighted_captions", "networks.oft"),
     right=("checkpoint of SD 3", "layers that are not there"),
     lacks=r"lora_te1_.*_layers_([3-9]|1\d)_|lora_te2_.*_layers_([4-9]|[1-3]\d)_|joint_blocks_([4-9]|\d\d)_"
     r"|joint_blocks_[23]_x_block_attn2|joint_blocks_3_context_block_(attn_proj|mlp)",
