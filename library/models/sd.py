@@ -284,4 +284,4 @@ def original_pieces(parts: Parts, v2: bool) -> dict[str, tuple[Tensor, ...]]:
 
 def original_tensors(parts: Parts, v2: bool) -> dict[str, Tensor]:
     """Return all weights under their names in a single-file checkpoint, as other tools expect them."""
-    return {name: whole_model.joined(own, None) for name, own in original_pieces(parts, v2).items()}
+    return {name: clip.joined(own) for name, own in original_pieces(parts, v2).items()}

@@ -290,8 +290,7 @@ def original_pieces(parts: Parts) -> dict[str, tuple[Tensor, ...]]:
 
 def original_tensors(parts: Parts) -> dict[str, Tensor]:
     """Return all weights under their names in a single-file checkpoint, as other tools expect them."""
-    tensors = {name: whole_model.joined(own, None) for name, own in original_pieces(parts).items()}
-    return tensors | {name: whole_model.joined(own, None) for name, own in _scale().items()}
+    return {name: clip.joined(own) for name, own in (original_pieces(parts) | _scale()).items()}
 
 
 def _scale() -> dict[str, tuple[Tensor, ...]]:
