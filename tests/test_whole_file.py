@@ -7,7 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.whole_file import fitting_name, flush_to_disk, whole_file
+from library.whole_file import (
+    fitting_name,
+    flush_to_disk,
+    remove_folder,
+    stand_in,
+    whole_file,
+    whole_folder,
+)
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -58,3 +65,56 @@ def test_a_long_name_fits_with_its_temporary_mark_and_stays_its_own(tmp_path: Pa
         assert name.startswith("猫" * 50)
         with whole_file(tmp_path / name) as partial:
             partial.write_bytes(b"new")
+
+
+def folder_with(path: Path, text: str) -> Path:
+    (path / "unet").mkdir(parents=True)
+    (path / "unet" / "config.json").write_text(text)
+    return path
+
+
+def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    path = folder_with(tmp_path / "cat", "old")
+    (path / "left over").touch()
+    with whole_folder(path) as partial:
+        folder_with(partial / "more", "new")
+        assert (path / "unet" / "config.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()] == [
+        "more/unet/config.json"
+    ]
+
+
+def test_a_writer_that_fails_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
+    path = folder_with(tmp_path / "cat", "old")
+
+    def fail() -> None:
+        with whole_folder(path) as partial:
+            folder_with(partial / "more", "half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == [path]
+    assert (path / "unet" / "config.json").read_text() == "old"
+
+
+def test_what_a_kill_between_the_two_renames_left_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "cat"
+    folder_with(stand_in(path), "old")
+    with whole_folder(path) as partial:
+        assert (path / "unet" / "config.json").read_text() == "old"
+        folder_with(partial / "more", "new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_never_makes_way_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "cat").write_text("mine")
+    with pytest.raises(NotADirectoryError), whole_folder(tmp_path / "cat"):
+        pass
+    assert (tmp_path / "cat").read_text() == "mine"
+
+
+def test_a_removed_folder_leaves_nothing(tmp_path: Path) -> None:
+    remove_folder(folder_with(tmp_path / "cat", "old"))
+    assert list(tmp_path.iterdir()) == []

@@ -199,7 +199,12 @@ def _empty(config: Any, has_projection: bool) -> nn.Module:
 def original_tensors(text_encoder: nn.Module, openclip: bool, prefix: str | None = None) -> dict[str, Tensor]:
     """Return the text encoder's weights under their names in a full checkpoint; see `original_pieces`."""
     pieces = original_pieces(text_encoder, openclip, prefix)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()}
+    return {name: joined(own) for name, own in pieces.items()}
+
+
+def joined(pieces: tuple[Tensor, ...]) -> Tensor:
+    """Return what a tensor of `original_pieces` is; a copy only where it has several pieces."""
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def original_pieces(

@@ -46,8 +46,9 @@ class FolderKind:
     has_linear_projections: bool  # proj_in and proj_out of the U-Net as (out, in), not (out, in, 1, 1)
     latent_scale: float
     cells: int  # sides of the latents that samplers make where nobody names a size
+    absent: tuple[str, ...]  # parts that the index names as missing
+    more: Mapping[str, Any]  # in the index
     tokenizer_cache_dir: str | None
-    more: Mapping[str, Any] | None = None  # in the index
 
 
 def kept(folder: Path) -> Kept:
@@ -124,9 +125,11 @@ def _unet_config(unet: nn.Module, kept: Kept, kind: FolderKind) -> dict[str, Any
 
 def _vae_config(vae: nn.Module, kept: Kept, kind: FolderKind) -> dict[str, Any]:
     """Return the VAE's configuration: what its weights do not tell is the source's, else the family's."""
-    default = {"scaling_factor": kind.latent_scale, "sample_size": kind.cells * 8}
+    default: dict[str, Any] = {"scaling_factor": kind.latent_scale, "sample_size": kind.cells * 8}
     source = kept_json(kept, "vae/config.json", default)
-    told = {name: source[name] for name in ("scaling_factor", "sample_size", "force_upcast") if name in source}
+    told: dict[str, Any] = {
+        name: source[name] for name in ("scaling_factor", "sample_size", "force_upcast") if name in source
+    }
     return {**_config(vae), **default, **told}
 
 
@@ -185,17 +188,15 @@ def _write_tokenizer(folder: Path, tokenizer: clip_tokens.Kind, kept: Kept, cach
 
 def _index(kept: Kept, kind: FolderKind, scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """Return what says which classes the folder's parts are of."""
-    source = kept_json(kept, INDEX, kind.more or {})
-    told = {name: value for name, value in source.items() if not isinstance(value, list) and not name.startswith("_")}
-    told |= {"requires_safety_checker": False} if kind.pipeline == "StableDiffusionPipeline" else {}
-    absent = ("feature_extractor", "image_encoder", "safety_checker")
-    parts = {name: [None, None] for name in absent[: 2 + ("requires_safety_checker" in told)]}
+    source = kept_json(kept, INDEX, {})
+    plain = {name: value for name, value in source.items() if not isinstance(value, list) and not name.startswith("_")}
+    parts: dict[str, list[str | None]] = {name: [None, None] for name in kind.absent}
     parts |= {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DConditionModel"]}
     parts |= {"vae": ["diffusers", "AutoencoderKL"]}
     for index, text_folder in enumerate(kind.text_folders):
         parts[text_folder] = ["transformers", "CLIPTextModel" if index == 0 else "CLIPTextModelWithProjection"]
         parts[text_folder.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
-    return {"_class_name": kind.pipeline, "_diffusers_version": _version(), **told, **parts}
+    return {"_class_name": kind.pipeline, "_diffusers_version": _version(), **plain, **kind.more, **parts}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

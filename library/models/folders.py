@@ -64,6 +64,7 @@ def load_denoiser(folder: Path, dtype: torch.dtype, *, is_mapped: bool = True) -
                 torch_dtype=dtype,
                 variant=None if plain else "fp16",
                 local_files_only=True,
+                use_safetensors=any((folder / "unet").glob("*.safetensors")),  # else diffusers warns of .bin files
                 disable_mmap=not is_mapped,
             )
     except (OSError, ValueError) as error:

@@ -72,7 +72,7 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         count = math.prod(obj.shape)
         strides = tuple(math.prod(obj.shape[axis + 1 :]) for axis in range(len(obj.shape)))
-        place = (0, obj.shape, strides, False, OrderedDict())  # no gradient, no hooks
+        place: tuple[Any, ...] = (0, obj.shape, strides, False, OrderedDict())  # no gradient, no hooks
         if obj.dtype in STORAGES:
             content = _Bytes(obj.key, getattr(torch, STORAGES[obj.dtype]), count)
             return torch._utils._rebuild_tensor_v2, (content, *place)

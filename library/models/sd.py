@@ -29,7 +29,8 @@ from library.models.diffusers_folder import FolderKind
 from library.models.family import LatentSpace, LoraTarget, Parts, Plain
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
-from library.models.whole_model import Kept
+from library.models.whole_model import Kept, Pieces
+from library.models.writing import Written
 from library.objectives.ddpm import Ddpm
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ SCALE = 0.18215  # v1-inference.yaml and v2-inference.yaml, scale_factor
 
 
 @dataclass(frozen=True)
-class Sd(Plain):
+class Sd(Plain, Written):
     """The SD 1.x / 2.x family: how its files are loaded and its models called."""
 
     v2: bool = False
@@ -137,40 +138,14 @@ class Sd(Plain):
         written = {f"{prefix}{name}" for prefix, names in parts for name in names}
         return whole_model.kept_of_file(file, written, clip.names_today(text, self._text_prefix))
 
-    def save_whole(
-        self,
-        parts: Parts,
-        kept: Kept,
-        path: Path,
-        *,
-        form: str,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        place: tuple[int, int],
-    ) -> None:
-        """Write the whole model, as it is now; half a file or folder is left where this fails.
-
-        Args:
-            parts: with the text encoder and the VAE.
-            kept: from `kept`.
-            path: of the file or, for whole_model.FOLDERS, of an empty folder.
-            form: one of whole_model.FORMS.
-            dtype: of the weights in the file; None: as in memory.
-            metadata: of the header of a single .safetensors file.
-            place: (steps, epochs) of this training, for a .ckpt.
-
-        Raises: OSError.
-        """
-        if form in whole_model.FOLDERS:
-            diffusers_folder.write(path, parts, kept, self._folder, form=form, dtype=dtype)
-            return
+    def whole_pieces(self, parts: Parts, kept: Kept) -> Pieces:
+        """Return what each tensor of a single file is joined of; SD 2.x's text encoder is whole in it."""
         weights = original_pieces(parts, self.v2)
-        if self.v2 and not kept.tensors.keys() & clip.unused_tail(parts.text_encoders[0]).keys():
-            weights = clip.unused_tail(parts.text_encoders[0]) | weights
-        whole_model.write_file(path, weights, kept, form=form, dtype=dtype, metadata=metadata, place=place)
+        tail = clip.unused_tail(parts.text_encoders[0]) if self.v2 else {}
+        return weights if tail.keys() & kept.tensors.keys() else tail | weights
 
     @property
-    def _folder(self) -> FolderKind:
+    def folder_kind(self) -> FolderKind:
         """What the family's diffusers folders hold besides weights, where the source was a single file."""
         return FolderKind(
             pipeline=recognition.SD.pipelines[0],
@@ -181,6 +156,8 @@ class Sd(Plain):
             has_linear_projections=self.v2,
             latent_scale=SCALE,
             cells=V2_V_CELLS if self.v2 and self.v_parameterization else unet.SAMPLE_CELLS,
+            absent=("feature_extractor", "image_encoder", "safety_checker"),
+            more={"requires_safety_checker": False},
             tokenizer_cache_dir=self.tokenizer_cache_dir,
         )
 
@@ -311,4 +288,4 @@ def original_pieces(parts: Parts, v2: bool) -> dict[str, tuple[Tensor, ...]]:
 
 def original_tensors(parts: Parts, v2: bool) -> dict[str, Tensor]:
     """Return all weights under their names in a single-file checkpoint, as other tools expect them."""
-    return {name: whole_model.joined(own, None) for name, own in original_pieces(parts, v2).items()}
+    return {name: clip.joined(own) for name, own in original_pieces(parts, v2).items()}

@@ -12,17 +12,32 @@ from torch import Tensor, nn
 
 from library.batch import Batch
 from library.errors import CheckpointError
-from library.models import checkpointing, clip, clip_tokens, folders, lora_targets, recognition, unet, vae
+from library.models import (
+    checkpointing,
+    clip,
+    clip_tokens,
+    diffusers_folder,
+    folders,
+    lora_targets,
+    recognition,
+    unet,
+    vae,
+    whole_model,
+)
 from library.models.checkpoint import Prefixed, TensorSource, has_prefix, open_tensors, require
+from library.models.diffusers_folder import FolderKind
 from library.models.family import LatentSpace, LoraTarget, Parts, Plain
 from library.models.layout import clip as clip_layout
 from library.models.layout import unet as unet_layout
+from library.models.whole_model import Kept, Pieces
+from library.models.writing import Written
 from library.objectives.ddpm import Ddpm
 
 if TYPE_CHECKING:
     from library.options.loss import LossOptions
     from library.options.noise import NoiseOptions
 
+CELLS = 128  # sides of the latents that the base model was made for
 SCALE = 0.13025  # sd_xl_base.yaml, scale_factor
 TOKENIZERS = (clip_tokens.CLIP_L, clip_tokens.OPENCLIP_G)
 TEXT_FOLDERS = ("text_encoder", "text_encoder_2")  # of a diffusers folder
@@ -32,7 +47,7 @@ Text = tuple[Tensor, Tensor, Tensor]  # states of both text encoders (B, N, 768)
 
 
 @dataclass(frozen=True)
-class Sdxl(Plain):
+class Sdxl(Plain, Written):
     """The SDXL family: how its files are loaded and its models called."""
 
     v_parameterization: bool = False
@@ -96,6 +111,47 @@ class Sdxl(Plain):
         if has_prefix(file, "conditioner.embedders.0.model."):
             raise CheckpointError(f"{checkpoint}: is SDXL's refiner, which has another U-Net. Give the base model.")
         return file
+
+    def kept(self, checkpoint: str) -> Kept:
+        """Return what the model's source holds besides the weights, for `save_whole`; the source is not read again.
+
+        Raises:
+            CheckpointError: as `load` does.
+        """
+        if not folders.is_file(checkpoint):
+            return diffusers_folder.kept(_base_folder(checkpoint))
+        file = self._open(checkpoint)
+        first, second = (Prefixed(file, prefix) for prefix in clip_layout.SDXL_PREFIXES)
+        parts = (
+            (unet_layout.PREFIX, unet.weight_names(Prefixed(file, unet_layout.PREFIX))),
+            ("", vae.weight_names(file)),
+            (clip_layout.SDXL_PREFIXES[0], clip.weight_names(first, openclip=False)),
+            (clip_layout.SDXL_PREFIXES[1], clip.weight_names(second, openclip=True, has_projection=True)),
+        )
+        written = {f"{prefix}{name}" for prefix, names in parts for name in names}
+        return whole_model.kept_of_file(file, written, clip.names_today(first, clip_layout.SDXL_PREFIXES[0]))
+
+    def whole_pieces(self, parts: Parts, kept: Kept) -> Pieces:
+        """Return what each tensor of a single file is joined of."""
+        absent = {name: own for name, own in _scale().items() if name not in kept.tensors}
+        return original_pieces(parts) | absent
+
+    @property
+    def folder_kind(self) -> FolderKind:
+        """What the family's diffusers folders hold besides weights, where the source was a single file."""
+        return FolderKind(
+            pipeline=recognition.SDXL.pipelines[0],
+            scheduler=diffusers_folder.EULER,
+            prediction_type=self.prediction_type,
+            text_folders=TEXT_FOLDERS,
+            tokenizers=TOKENIZERS,
+            has_linear_projections=True,
+            latent_scale=SCALE,
+            cells=CELLS,
+            absent=("feature_extractor", "image_encoder"),
+            more={"force_zeros_for_empty_prompt": True},
+            tokenizer_cache_dir=self.tokenizer_cache_dir,
+        )
 
     def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
         """Return 32 hex digits that identify the VAE's encoder, read without loading the model.
@@ -222,14 +278,21 @@ def _base_folder(checkpoint: str) -> Path:
     return folder
 
 
-def original_tensors(parts: Parts) -> dict[str, Tensor]:
-    """Return all weights under their names in a single-file checkpoint, as other tools expect them."""
+def original_pieces(parts: Parts) -> dict[str, tuple[Tensor, ...]]:
+    """Return what each tensor of a single-file checkpoint is joined of, see `clip.original_pieces`."""
     assert parts.vae is not None, "only whole models are written"
     (first, second), (first_prefix, second_prefix) = parts.text_encoders, clip_layout.SDXL_PREFIXES
-    return (
-        unet.original_tensors(parts.denoiser, linear_projection=True)
-        | vae.original_tensors(parts.vae)
-        | clip.original_tensors(first, openclip=False, prefix=first_prefix)
-        | clip.original_tensors(second, openclip=True, prefix=second_prefix)
-        | {f"{second_prefix}{clip_layout.LOGIT_SCALE}": torch.tensor(clip_layout.LOGIT_SCALE_START)}
-    )
+    singles = unet.original_tensors(parts.denoiser, linear_projection=True) | vae.original_tensors(parts.vae)
+    texts = clip.original_pieces(first, openclip=False, prefix=first_prefix)
+    texts |= clip.original_pieces(second, openclip=True, prefix=second_prefix)
+    return {name: (tensor,) for name, tensor in singles.items()} | texts
+
+
+def original_tensors(parts: Parts) -> dict[str, Tensor]:
+    """Return all weights under their names in a single-file checkpoint, as other tools expect them."""
+    return {name: clip.joined(own) for name, own in (original_pieces(parts) | _scale()).items()}
+
+
+def _scale() -> dict[str, tuple[Tensor, ...]]:
+    """Return the second text encoder's scale, which files have and nothing here reads."""
+    return {f"{clip_layout.SDXL_PREFIXES[1]}{clip_layout.LOGIT_SCALE}": (torch.tensor(clip_layout.LOGIT_SCALE_START),)}

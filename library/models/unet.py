@@ -62,10 +62,7 @@ def config_of(file: TensorSource, has_wide_heads: bool, pooled_width: int | None
         context = f"down_blocks.{level}.attentions.0.transformer_blocks.0.attn2.to_k.weight"
         context_width = file.shapes[str(table.to_original(context))][1]
     except (KeyError, StopIteration) as error:
-        raise CheckpointError(
-            f"{file.path}: the U-Net's tensors do not have the structure of Stable Diffusion "
-            f"(stopped at {error or 'its attention'}). The file is incomplete or holds another kind of model."
-        ) from error
+        raise _no_structure(file, error) from error
     if channels != 4:
         raise CheckpointError(
             f"{file.path}: the U-Net takes {channels} channels, expected 4. "
@@ -87,6 +84,14 @@ def config_of(file: TensorSource, has_wide_heads: bool, pooled_width: int | None
         "transformer_layers_per_block": [max(1, depth) for depth in (*blocks.depths[:-1], _middle_depth(file, blocks))],
         **conditioned,
     }
+
+
+def _no_structure(file: TensorSource, error: Exception) -> CheckpointError:
+    """Return the error for names that are not those of a whole U-Net; error names the first that is missing."""
+    return CheckpointError(
+        f"{file.path}: the U-Net's tensors do not have the structure of Stable Diffusion "
+        f"(stopped at {error or 'its attention'}). The file is incomplete or holds another kind of model."
+    )
 
 
 def _middle_depth(file: TensorSource, blocks: layout.UNetBlocks) -> int:
@@ -131,8 +136,15 @@ def original_tensors(unet: nn.Module, linear_projection: bool) -> dict[str, Tens
 
 
 def weight_names(file: TensorSource) -> set[str]:
-    """Return the names of the U-Net's tensors among those of a file, which start at "input_blocks."."""
-    table = layout.unet_table(layout.blocks_of(file.shapes))
+    """Return the names of the U-Net's tensors among those of a file, which start at "input_blocks.".
+
+    Raises:
+        CheckpointError: it has no such structure.
+    """
+    try:
+        table = layout.unet_table(layout.blocks_of(file.shapes))
+    except KeyError as error:
+        raise _no_structure(file, error) from error
     return {name for name in file.shapes if table.to_library(name) is not None}
 
 

@@ -106,6 +106,17 @@ def test_a_state_arrives_whole_in_one_commit(hub, out):
     assert commit == {"lora-state/optimizer.pt": b"moments", "lora-state/train_state.json": b"{}"}
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_models_folder_arrives_with_its_folders(hub, out, is_async):
+    (out / "lora" / "unet").mkdir(parents=True)
+    (out / "lora" / "model_index.json").write_bytes(b"{}")
+    (out / "lora" / "unet" / "config.json").write_bytes(b"{ }")
+    uploads = begin(out, async_upload=is_async)
+    uploads.add(out / "lora")
+    uploads.finish()
+    assert hub.files(NAME) == {"lora/model_index.json": b"{}", "lora/unet/config.json": b"{ }"}
+
+
 def test_uploads_beside_training_keep_their_order_and_are_waited_for(hub, out, caplog):
     caplog.set_level(logging.INFO)
     hub.delay_s = 0.2
@@ -154,6 +165,7 @@ def test_what_a_killed_run_left_waiting_is_removed_and_that_of_other_names_stays
         ".lora.safetensors.a1b2.upload",
         ".lora-000002.safetensors.a1b2.upload",
         ".lora-step00000001-state.x_y.upload",
+        ".lora-step00000001.a1b2.upload",
     ]
     others = [".lora2.safetensors.a1b2.upload", ".lora-more-state.a1b2.upload"]
     for name in (*own, *others):

@@ -9,6 +9,7 @@ from full_disk import largest_file
 from safetensors.torch import load_file, save_file
 
 from library.errors import OptionError, UserError
+from library.models.diffusers_folder import INDEX
 from library.options.saving import SavingOptions
 from library.training.saving import (
     Companion,
@@ -18,18 +19,28 @@ from library.training.saving import (
     epoch_interval,
     save_dtype,
     saved_file,
+    size_of,
     step_to_remove,
 )
+from library.training.states import state_folder
 
 
-def saver_of(folder: Path, num_epochs: int = 10, is_main_process: bool = True, **options: object) -> Saver:
-    """Return a saver whose files are one small tensor with the metadata it was given."""
+def saver_of(
+    folder: Path, num_epochs: int = 10, is_main_process: bool = True, suffix: str | None = None, **options: object
+) -> Saver:
+    """Return a saver whose files are one small tensor with the metadata it was given; so are its folders."""
 
     def write(path: Path, metadata: dict[str, str]) -> None:
+        if path.is_dir():
+            (path / INDEX).touch()
+            (path / "unet").mkdir()
+            path = path / "unet" / "weights.safetensors"
         save_file({"x": torch.ones(2)}, path, metadata)
 
     saving = SavingOptions(output_dir=str(folder), **options)
-    return Saver(saving, write, lambda step, epoch: {"at": f"{step} {epoch}"}, num_epochs, is_main_process)
+    return Saver(
+        saving, write, lambda step, epoch: {"at": f"{step} {epoch}"}, num_epochs, is_main_process, suffix=suffix
+    )
 
 
 def names(folder: Path) -> list[str]:
@@ -238,3 +249,76 @@ def test_precisions_map_to_dtypes() -> None:
         torch.float16,
         torch.bfloat16,
     ]
+
+
+# ---- folders ------------------------------------------------------------------------------------------------------
+def test_folders_have_the_names_of_files_without_a_suffix(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, suffix="", output_name="cat.v2")
+    assert metadata_of(saver.save_epoch(2, step=20) / "unet" / "weights.safetensors") == {"at": "20 2"}
+    saver.save_step(15, epoch=2)
+    saver.save_final(100, 10)
+    assert names(tmp_path) == ["cat.v2", "cat.v2-000002", "cat.v2-step00000015"]
+
+
+def test_the_given_suffix_is_stronger_than_that_of_networks(tmp_path: Path) -> None:
+    assert saver_of(tmp_path, suffix=".ckpt", output_name="cat", save_model_as="pt").final_path().name == "cat.ckpt"
+
+
+def test_the_last_folders_are_kept(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, suffix="", output_name="cat", save_every_n_epochs=1, save_last_n_epochs=2)
+    for epoch in range(1, 5):
+        saver.save_epoch(epoch, step=epoch * 10)
+    assert names(tmp_path) == ["cat-000003", "cat-000004"]
+    assert [path.name for path in saver.saved] == names(tmp_path)
+
+
+def test_a_folder_with_other_things_is_neither_removed_nor_replaced(tmp_path: Path) -> None:
+    (tmp_path / "cat-000001").mkdir()
+    (tmp_path / "cat-000001" / "picture.png").touch()
+    saver = saver_of(tmp_path, suffix="", output_name="cat", save_every_n_epochs=1, save_last_n_epochs=1)
+    saver.save_epoch(2, step=20)
+    assert names(tmp_path) == ["cat-000001", "cat-000002"]
+    with pytest.raises(UserError, match="cat-000001 is a folder with other things in it"):
+        saver.save_epoch(1, step=10)
+    assert names(tmp_path / "cat-000001") == ["picture.png"]
+
+
+def test_a_name_that_is_taken_is_told_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "picture.png").touch()
+    with pytest.raises(UserError, match="Choose another --output_name"):
+        saver_of(tmp_path, suffix="", output_name="cat")
+
+
+def test_a_saved_folder_is_replaced_by_the_next_of_its_name(tmp_path: Path) -> None:
+    saver_of(tmp_path, suffix="", output_name="cat").save_final(1, 1)
+    path = saver_of(tmp_path, suffix="", output_name="cat").save_final(2, 1)
+    assert metadata_of(path / "unet" / "weights.safetensors") == {"at": "2 1"}
+    assert names(tmp_path) == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "left"),
+    [("", ".cat-000001.123.part"), ("", ".cat.gone"), (".ckpt", ".cat-step00000010.123.part.ckpt")],
+)
+def test_what_a_killed_run_left_half_written_is_removed_by_the_next(tmp_path: Path, suffix: str, left: str) -> None:
+    others = [".dog.123.part", ".cat-state.123.part", ".cat.123.part.pt", "cat-000001"]
+    for name in (left, *others):
+        if suffix:
+            (tmp_path / name).touch()
+        else:
+            (tmp_path / name).mkdir()
+    saver_of(tmp_path, suffix=suffix, output_name="cat")
+    assert names(tmp_path) == sorted(others)
+
+
+def test_the_state_beside_a_folder_has_its_whole_name(tmp_path: Path) -> None:
+    assert state_folder(tmp_path / "cat.v2", "").name == "cat.v2-state"
+    assert state_folder(tmp_path / "cat.v2.ckpt", ".ckpt").name == "cat.v2-state"
+
+
+def test_the_size_of_a_folder_is_that_of_all_its_files(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "a").write_bytes(bytes(5))
+    (tmp_path / "b").write_bytes(bytes(7))
+    assert (size_of(tmp_path), size_of(tmp_path / "b")) == (12, 7)
