@@ -32,6 +32,7 @@ def check_options(options: Options, script: str = "train_network") -> list[str]:
     _check_fused(options)
     _check_rates(options)
     _check_resume(options)
+    _check_average(options)
     return [
         *_idle_data_options(options),
         *idle_flow_options(options.flow),
@@ -127,6 +128,14 @@ def _check_resume(options: Options) -> None:
     if options.saving.resume is None:
         raise OptionError("--resume_from_huggingface does not say where. Add --resume=OWNER/NAME/FOLDER of the state.")
     hub_place(options.saving.resume)
+
+
+def _check_average(options: Options) -> None:
+    decay, is_saved = options.training.ema_decay, options.saving.save_ema
+    if decay is not None and not is_saved:
+        raise OptionError(f"--ema_decay {decay:g} keeps an average that nothing uses. Add --save_ema, which saves it.")
+    if is_saved and decay is None:
+        raise OptionError("--save_ema has no average to save. Add --ema_decay, like --ema_decay=0.999.")
 
 
 def _check_rates(options: Options) -> None:
