@@ -91,7 +91,7 @@ class Live:
         if self.average is not None:
             self.average.restore(contents.average, f"--resume {resumed.folder}")
         try:
-            self.optimizer.load_state_dict(contents.optimizer)
+            optimizers.load_state(self.optimizer, contents.optimizer)
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"--resume {resumed.folder}: the optimizer's state does not fit ({error}). "
