@@ -8,6 +8,7 @@ averages.
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.training import draws
+from library.training import draws, fused, optimizers
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from library.options.optimizer import OptimizerOptions
+
+log = logging.getLogger(__name__)
 
 COUNT = "rounded_steps"  # in each group of the optimizer, and so in the state of a run
 AT_ONCE = 2**23  # weights that are there in float32 together, with their gradients and what the optimizer keeps of them
@@ -46,6 +51,24 @@ def attach(optimizer: Optimizer, seed: int) -> None:
 
     # a method of this one, as torch's schedules ask of what they wrap
     optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+
+
+def attach_if_possible(optimizer: Optimizer, options: OptimizerOptions, seed: int) -> None:
+    """Attach to an optimizer that can step weight by weight; of others say that small steps will be lost.
+
+    Args:
+        optimizer: see `attach`.
+        options: that it was made from.
+        seed: of the run.
+    """
+    if fused.works_by_weight(options):
+        attach(optimizer, seed)
+        return
+    log.warning(
+        "%s looks at all weights together, so that its steps of bf16 weights are rounded to the nearest: small ones "
+        "are lost. AdamW and Adafactor have theirs rounded by chance, and --full_bf16 left out loses none",
+        optimizers.resolve(optimizers.name_of(options)).name,
+    )
 
 
 @dataclass
@@ -105,7 +128,8 @@ class _Rounder:
         generator.manual_seed(seed)
         round_into([weight.detach() for weight in weights], [copy.detach() for copy in copies], generator)
         for weight, kept, wanted in zip(weights, stepped, formats, strict=True):
-            state[weight] = {key: _narrowed(value, wanted.get(key), generator) for key, value in kept.items()}
+            if kept:
+                state[weight] = {key: _narrowed(value, wanted.get(key), generator) for key, value in kept.items()}
 
     def formats_kept(self, group: dict[str, Any], weights: Sequence[Tensor]) -> list[dict[str, torch.dtype]]:
         """Return the formats of what the optimizer keeps of each weight, by key.

@@ -6,6 +6,8 @@ from torch import nn
 
 from library.options.optimizer import OptimizerOptions
 from library.training import fused, optimizers, rounding
+from library.training.assembly import make_optimizer
+from networks.plugin import OptimizerGroups
 
 BF16 = torch.bfloat16
 KINDS = (
@@ -53,6 +55,14 @@ def train(trained: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) 
 
 def values(trained: nn.Module) -> list[torch.Tensor]:
     return [weight.detach().clone() for weight in trained.parameters()]
+
+
+def formats_of(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.dtype]]:
+    """Return the formats of what is kept of each weight."""
+    return [
+        {key: value.dtype for key, value in kept.items() if isinstance(value, torch.Tensor)}
+        for kept in optimizer.state_dict()["state"].values()
+    ]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -119,10 +129,11 @@ def test_adams_averages_decay_as_in_float32() -> None:
 def test_every_optimizer_learns_and_keeps_its_state_in_its_own_formats(options: OptimizerOptions) -> None:
     """Beside the same optimizer in float32, over ten steps; formats are those it has for bf16 weights without this."""
     trained, plain, exact = model(), model(), model().float()
-    optimizer, other = rounded(options, trained), optimizer_of(options, plain)
+    rate = 1.0 if "SGD" in options.optimizer_type else 1e-3  # whose steps are as small as the gradients
+    optimizer, other, reference = (optimizer_of(options, each, rate) for each in (trained, plain, exact))
+    rounding.attach(optimizer, 1)
     train(trained, optimizer, range(10))
     train(plain, other, range(10))
-    reference = optimizer_of(options, exact)
     for number in range(10):
         torch.manual_seed(number)
         exact(torch.randn(8, 64)).square().mean().backward()
@@ -131,14 +142,7 @@ def test_every_optimizer_learns_and_keeps_its_state_in_its_own_formats(options: 
     start = torch.cat([value.flatten() for value in values(model())]).float()
     moved, wanted = (torch.cat([v.flatten() for v in values(each)]).float() - start for each in (trained, exact))
     assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.9
-    formats = [
-        [
-            {key: value.dtype for key, value in each.items() if isinstance(value, torch.Tensor)}
-            for each in state.values()
-        ]
-        for state in (optimizer.state_dict()["state"], other.state_dict()["state"])
-    ]
-    assert formats[0] == formats[1]
+    assert formats_of(optimizer) == formats_of(other)
     assert all(weight.dtype == BF16 for weight in trained.parameters())
 
 
@@ -234,6 +238,40 @@ def test_schedules_reach_the_steps() -> None:
     train(trained, optimizer, range(2))
     schedule.step()
     assert all(torch.equal(*pair) for pair in zip(before, values(trained), strict=True))
+
+
+@pytest.mark.parametrize("more", [{}, {"fused_backward_pass": True}, {"fused_optimizer_groups": 2}], ids=list)
+def test_a_run_attaches_it_before_steps_within_the_backward_pass(more: dict[str, object]) -> None:
+    """With --full_bf16 of whole models, whichever way is chosen; without a seed to draw with, tiny steps are lost."""
+    moved = []
+    for seed in (1, None):
+        trained = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).to(BF16)
+        for weight in trained.parameters():
+            nn.init.ones_(weight)
+        options = OptimizerOptions(optimizer_type="AdamW", optimizer_args=("weight_decay=0",), max_grad_norm=0, **more)
+        groups = OptimizerGroups([{"params": list(trained.parameters()), "lr": 1e-4}], ["unet"])
+        optimizer, _ = make_optimizer(options, groups, 1, seed)
+        for _ in range(3):
+            trained(torch.randn(2, 64).to(BF16)).float().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(sum(weight.ne(1).sum().item() for weight in trained[2].parameters()))
+    assert moved[0] > 0
+    assert moved[1] == 0
+
+
+def test_an_optimizer_that_looks_at_all_weights_steps_as_it_did_and_it_is_told(caplog) -> None:
+    pytest.importorskip("prodigyopt")
+    options, ends = OptimizerOptions(optimizer_type="Prodigy", learning_rate=1.0), []
+    for is_asked in (True, False):
+        trained = model()
+        optimizer = optimizers.create(options, [{"params": list(trained.parameters())}])
+        if is_asked:
+            rounding.attach_if_possible(optimizer, options, 1)
+        train(trained, optimizer, range(2))
+        ends.append(values(trained))
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+    assert "Prodigy looks at all weights together" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "is_possible"), [("AdamW", True), ("Adafactor", True), ("Prodigy", False)])
