@@ -16,7 +16,18 @@ from torch.optim import Optimizer
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
 from library.models import block_swap, float8
-from library.training import changes, distribution, ema, file_metadata, fused, optimizers, schedules, state, trainee
+from library.training import (
+    changes,
+    distribution,
+    ema,
+    file_metadata,
+    fused,
+    optimizers,
+    rounding,
+    schedules,
+    state,
+    trainee,
+)
 from library.training import data as training_data
 from library.training.data import Data, Stores
 from library.training.ema import Average
@@ -192,9 +203,15 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
 
 
 def make_optimizer(
-    options: OptimizerOptions, wanted: OptimizerGroups, num_processes: int
+    options: OptimizerOptions, wanted: OptimizerGroups, num_processes: int, rounding_seed: int | None = None
 ) -> tuple[Optimizer, list[str]]:
     """Return the optimizer, which steps within the backward pass where that is asked for, and its groups' names.
+
+    Args:
+        options: the optimizer group.
+        wanted: the trained weights.
+        num_processes: that train together.
+        rounding_seed: where steps of bf16 weights are to be rounded by chance; None: rounded to the nearest.
 
     Raises: OptionError.
     """
@@ -204,12 +221,16 @@ def make_optimizer(
     if flag != fused.GROUPS:
         optimizer = optimizers.create(options, wanted.groups)
         optimizers.train_mode(optimizer)
+        if rounding_seed is not None:
+            rounding.attach_if_possible(optimizer, options, rounding_seed)
         if flag is not None:
             fused.step_in_backward(optimizer, options.max_grad_norm)
         return optimizer, wanted.descriptions
     parting = fused.part(wanted.groups, options.fused_optimizer_groups or 0)
     optimizer = optimizers.create(options, parting.groups)
     optimizers.train_mode(optimizer)
+    if rounding_seed is not None:
+        rounding.attach_if_possible(optimizer, options, rounding_seed)
     fused.step_by_group(optimizer, parting.members, options.max_grad_norm)
     log.info("%d groups of weights step within the backward pass", len(parting.members))
     return optimizer, [wanted.descriptions[origin] for origin in parting.origins]
