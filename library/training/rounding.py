@@ -178,9 +178,16 @@ def rounded_by_chance(values: Tensor, generator: torch.Generator) -> Tensor:
     bf16 is the upper half of float32. A random number in the lower half, added, carries into the upper one with just
     that probability. What is infinite or no number stays so.
     """
-    chance = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    chance = _draws_of_16_bits(values.numel(), generator).view(values.shape)
     chance.masked_fill_(~values.isfinite(), 0)  # a carry would make a number of what is none
     return (chance + values.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+
+
+def _draws_of_16_bits(count: int, generator: torch.Generator) -> Tensor:
+    """Return int32 numbers of 0 to 65535 on the generator's device: four of each draw, as draws take the time."""
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    drawn.random_(-(2**63), None, generator=generator)  # all 64 bits
+    return drawn.view(torch.int16)[:count].to(torch.int32).bitwise_and_(2**16 - 1)
 
 
 def _formats(kept: dict[str, Any]) -> dict[str, torch.dtype]:
