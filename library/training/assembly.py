@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
-from library.training import changes, distribution, file_metadata, fused, optimizers, schedules, state
+from library.training import changes, distribution, ema, file_metadata, fused, optimizers, rounding, schedules, state
 from library.training import data as training_data
 from library.training.data import Data, Stores
+from library.training.ema import Average
 from library.training.file_metadata import Hashes
 from library.training.loop import Run
 from library.training.metrics import LossHistory, LossReader
@@ -24,7 +26,7 @@ from library.training.painting import Drawing
 from library.training.precision import Precision
 from library.training.prompts import SamplePrompt
 from library.training.sampling import Sampler
-from library.training.saving import Saver
+from library.training.saving import Saver, save_dtype
 from library.training.state import Contents, Manifest, Resumed
 from library.training.states import StateSaver
 from library.training.step import Step
@@ -69,6 +71,7 @@ class Live:
     scheduler: Any
     scaler: Any  # None without fp16
     history: LossHistory
+    average: Average | None = None
 
     def contents(self) -> Contents:
         """Return it for writing."""
@@ -79,14 +82,17 @@ class Live:
             scaler=None if self.scaler is None else self.scaler.state_dict(),
             history=self.history.as_plain(),
             validations=self.history.validations_as_plain(),
+            average=None if self.average is None else self.average.snapshot(),
         )
 
     def restore(self, resumed: Resumed) -> None:
         """Take the state of an earlier run. Raises: CheckpointError if it does not fit this one."""
         contents = state.read(resumed)
         self.trainee.load_weights(contents.weights, f"--resume {resumed.folder}")
+        if self.average is not None:
+            self.average.restore(contents.average, f"--resume {resumed.folder}")
         try:
-            self.optimizer.load_state_dict(contents.optimizer)
+            optimizers.load_state(self.optimizer, contents.optimizer)
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"--resume {resumed.folder}: the optimizer's state does not fit ({error}). "
@@ -123,7 +129,9 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
     trained = make_trainee(setting, parts)
     if options.training.torch_compile:
         compile_blocks(parts, options.training.dynamo_backend)
-    optimizer, descriptions = make_optimizer(options.optimizer, trained.parameter_groups(), accelerator.num_processes)
+    optimizer, descriptions = make_optimizer(
+        options.optimizer, trained.parameter_groups(), accelerator.num_processes, rounding_seed(setting)
+    )
     objective = setting.family.objective(options.noise, options.loss).to(accelerator.device)
     step, prepared = distribution.prepare(
         accelerator,
@@ -143,12 +151,14 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
     num_epochs = -(-setting.max_train_steps // plan.steps_per_epoch)
     scheduler = schedules.create(options.schedule, optimizer, setting.max_train_steps)
     history = LossHistory(plan.steps_per_epoch)
-    live = Live(trained, prepared, scheduler, accelerator.scaler, history)
+    average = make_average(setting, trained)
+    live = Live(trained, prepared, scheduler, accelerator.scaler, history, average)
     if setting.checked.resumed is not None:
         live.restore(setting.checked.resumed)
     metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
     latents_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
     publish, publish_state = publishers(setting.uploads, options.hub)
+    averages = ema.companion(average, trained.save, save_dtype(options.saving.save_precision))
     saver = Saver(
         options.saving,
         trained.save,
@@ -156,6 +166,7 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         num_epochs,
         accelerator.is_main_process,
         publish,
+        averages,
         suffix=setting.checked.method.saved_suffix(options),
     )
     return Run(
@@ -187,15 +198,22 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         validator=make_validator(setting, stores, accelerator.unwrap_model(step), latents_of),
         trackers=setting.trackers,
         history=history,
+        average=average,
         steps_done=setting.steps_done,
         reader=LossReader(accelerator.reduce if accelerator.num_processes > 1 else None),
     )
 
 
 def make_optimizer(
-    options: OptimizerOptions, wanted: OptimizerGroups, num_processes: int
+    options: OptimizerOptions, wanted: OptimizerGroups, num_processes: int, rounding_seed: int | None = None
 ) -> tuple[Optimizer, list[str]]:
     """Return the optimizer, which steps within the backward pass where that is asked for, and its groups' names.
+
+    Args:
+        options: the optimizer group.
+        wanted: the trained weights.
+        num_processes: that train together.
+        rounding_seed: where steps of bf16 weights are to be rounded by chance; None: rounded to the nearest.
 
     Raises: OptionError.
     """
@@ -205,15 +223,25 @@ def make_optimizer(
     if flag != fused.GROUPS:
         optimizer = optimizers.create(options, wanted.groups)
         optimizers.train_mode(optimizer)
+        if rounding_seed is not None:
+            rounding.attach_if_possible(optimizer, options, rounding_seed)
         if flag is not None:
             fused.step_in_backward(optimizer, options.max_grad_norm)
         return optimizer, wanted.descriptions
     parting = fused.part(wanted.groups, options.fused_optimizer_groups or 0)
     optimizer = optimizers.create(options, parting.groups)
     optimizers.train_mode(optimizer)
+    if rounding_seed is not None:
+        rounding.attach_if_possible(optimizer, options, rounding_seed)
     fused.step_by_group(optimizer, parting.members, options.max_grad_norm)
     log.info("%d groups of weights step within the backward pass", len(parting.members))
     return optimizer, [wanted.descriptions[origin] for origin in parting.origins]
+
+
+def rounding_seed(setting: Setting) -> int | None:
+    """Return the seed for rounding the steps of bf16 weights by chance, None where they are rounded to the nearest."""
+    is_wanted = setting.checked.method.trains_models and setting.checked.precision.trained is torch.bfloat16
+    return setting.plan.seed if is_wanted and not distribution.is_shared_out(setting.accelerator) else None
 
 
 def publishers(uploads: Uploads | None, options: HubOptions) -> tuple[Publish, Publish]:
@@ -230,6 +258,15 @@ def make_trainee(setting: Setting, parts: Parts) -> Trainee:
         with trained.untrained():  # what cannot be switched off is refused here, not in the middle
             log.info("diff_output_preservation: batches with such images predict twice")
     return trained
+
+
+def make_average(setting: Setting, trained: Trainee) -> Average | None:
+    """Return the average of the trained weights, None without --save_ema and on processes that save nothing."""
+    decay = setting.options.training.ema_decay
+    is_wanted = setting.options.saving.save_ema and setting.accelerator.is_main_process
+    if decay is None or not is_wanted:
+        return None
+    return Average(trained.modules, trained.trained_parameters(), decay)
 
 
 def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], None]:

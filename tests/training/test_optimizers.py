@@ -268,3 +268,21 @@ def test_checking_names_and_arguments_imports_no_torch():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "AdamW8bit"])
+def test_a_state_of_bf16_weights_comes_back_in_its_own_formats(name: str) -> None:
+    """Adafactor keeps float32 of them, which torch would cast to bf16: the resumed run would be another."""
+    first, second = (nn.Linear(64, 96).to(torch.bfloat16) for _ in range(2))
+    groups = [[{"params": list(model.parameters()), "lr": 1e-3}] for model in (first, second)]
+    given = ("relative_step=False",) if name == "Adafactor" else ()
+    one, other = (optimizers.create(options(name, *given), group) for group in groups)
+    first(torch.ones(1, 64).to(torch.bfloat16)).square().sum().backward()
+    one.step()
+    optimizers.load_state(other, one.state_dict())
+    for left, right in zip(first.parameters(), second.parameters(), strict=True):
+        assert one.state[left].keys() == other.state[right].keys()
+        for key, value in one.state[left].items():
+            if isinstance(value, torch.Tensor):
+                assert other.state[right][key].dtype == value.dtype
+                assert torch.equal(other.state[right][key], value)
