@@ -122,7 +122,7 @@ TRAINS_BESIDE_TEXT_CACHE = frozenset({"sd3_train_network"})
 
 # What of an option's declaration is otherwise in a script.
 _NETWORK_FILES = {"save_model_as": {"choices": ("ckpt", "pt", "safetensors")}}
-_OF_WHOLE_MODELS = {
+_OF_WHOLE_MODELS: Mapping[str, Mapping[str, Any]] = {
     "log_tracker_name": {"default": "dreambooth", "help": "Name of the project in the tracker."},
     "save_model_as": {
         "choices": ("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
