@@ -33,6 +33,7 @@ def check_options(options: Options, script: str = "train_network") -> list[str]:
     _check_rates(options, script)
     _check_padding(options)
     _check_resume(options)
+    _check_average(options)
     return [
         *_idle_data_options(options),
         *idle_flow_options(options.flow),
@@ -156,6 +157,14 @@ def _check_padding(options: Options) -> None:
             "--no_token_padding pads each batch of captions to its longest, and --cache_text_encoder_outputs encodes "
             "each caption apart from its batch. Leave one of them out."
         )
+
+
+def _check_average(options: Options) -> None:
+    decay, is_saved = options.training.ema_decay, options.saving.save_ema
+    if decay is not None and not is_saved:
+        raise OptionError(f"--ema_decay {decay:g} keeps an average that nothing uses. Add --save_ema, which saves it.")
+    if is_saved and decay is None:
+        raise OptionError("--save_ema has no average to save. Add --ema_decay, like --ema_decay=0.999.")
 
 
 def _check_rates(options: Options, script: str) -> None:

@@ -33,6 +33,9 @@ class SavingOptions:
     use_safetensors: bool = option(
         False, "Save whole models in safetensors files where --save_model_as is unset or diffusers."
     )
+    save_ema: bool = option(
+        False, "Beside every saved file, write the average that --ema_decay keeps: name_ema.safetensors."
+    )
     save_every_n_epochs: int | None = option(None, "Save after every N-th epoch. 0 is off.", bounds=Bounds(min=0))
     save_every_n_steps: int | None = option(None, "Save after every N-th step. 0 is off.", bounds=Bounds(min=0))
     save_n_epoch_ratio: int | None = option(

@@ -69,6 +69,10 @@ def check_sharing(options: Options, way: str) -> None:
     for name in ("fused_backward_pass", "fused_optimizer_groups"):
         if getattr(options.optimizer, name):
             raise OptionError(f"--{name} does not go with {way}, which steps in its own way. Leave it out.")
+    if options.training.ema_decay is not None:
+        raise OptionError(
+            f"--ema_decay does not go with {way}: a process may have only a part of the weights. Leave it out."
+        )
     if options.network.scale_weight_norms:
         raise OptionError(
             f"--scale_weight_norms does not go with {way}, which keeps copies of the weights. Leave it out."

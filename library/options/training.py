@@ -62,6 +62,12 @@ class TrainingOptions:
     xformers: bool = option(
         False, "Use the attention of the xformers package instead of torch's scaled_dot_product_attention."
     )
+    ema_decay: float | None = option(
+        None,
+        "Keep a moving average of the trained weights, in which the old average has this share after each step, like "
+        "0.999. Needs --save_ema. 0 is off.",
+        bounds=Bounds(min=0, below=1),
+    )
     torch_compile: bool = option(False, "Compile the models with torch.compile.")
     dynamo_backend: str = option(
         "inductor",
@@ -82,10 +88,9 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         """Check the values."""
         check_values(self)
-        if self.initial_epoch == 0:
-            settle(self, "initial_epoch", None)
-        if self.blocks_to_swap == 0:
-            settle(self, "blocks_to_swap", None)
+        for name in ("initial_epoch", "blocks_to_swap", "ema_decay"):
+            if getattr(self, name) == 0:
+                settle(self, name, None)
         if self.cpu_offload_checkpointing:
             settle(self, "gradient_checkpointing", True)
             if self.blocks_to_swap is not None:

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
 from library.models import block_swap, float8
-from library.training import changes, distribution, file_metadata, fused, optimizers, schedules, state, trainee
+from library.training import changes, distribution, ema, file_metadata, fused, optimizers, schedules, state, trainee
 from library.training import data as training_data
 from library.training.data import Data, Stores
+from library.training.ema import Average
 from library.training.file_metadata import Hashes
 from library.training.loop import Run
 from library.training.metrics import LossHistory, LossReader
@@ -69,6 +70,7 @@ class Live:
     scheduler: Any
     scaler: Any  # None without fp16
     history: LossHistory
+    average: Average | None = None
 
     def contents(self) -> Contents:
         """Return it for writing."""
@@ -79,14 +81,17 @@ class Live:
             scaler=None if self.scaler is None else self.scaler.state_dict(),
             history=self.history.as_plain(),
             validations=self.history.validations_as_plain(),
+            average=None if self.average is None else self.average.snapshot(),
         )
 
     def restore(self, resumed: Resumed) -> None:
         """Take the state of an earlier run. Raises: CheckpointError if it does not fit this one."""
         contents = state.read(resumed)
         self.trainee.load_weights(contents.weights, f"--resume {resumed.folder}")
+        if self.average is not None:
+            self.average.restore(contents.average, f"--resume {resumed.folder}")
         try:
-            self.optimizer.load_state_dict(contents.optimizer)
+            optimizers.load_state(self.optimizer, contents.optimizer)
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"--resume {resumed.folder}: the optimizer's state does not fit ({error}). "
@@ -143,13 +148,16 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
     num_epochs = -(-setting.max_train_steps // plan.steps_per_epoch)
     scheduler = schedules.create(options.schedule, optimizer, setting.max_train_steps)
     history = LossHistory(plan.steps_per_epoch)
-    live = Live(trained, prepared, scheduler, accelerator.scaler, history)
+    average = make_average(setting, trained)
+    live = Live(trained, prepared, scheduler, accelerator.scaler, history, average)
     if setting.checked.resumed is not None:
         live.restore(setting.checked.resumed)
     metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
     latents_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
     publish, publish_state = publishers(setting.uploads, options.hub)
-    saver = Saver(options.saving, trained.save, metadata.at, num_epochs, accelerator.is_main_process, publish)
+    averages = ema.companion(average, trained.save, save_dtype(options.saving.save_precision))
+    is_main = accelerator.is_main_process
+    saver = Saver(options.saving, trained.save, metadata.at, num_epochs, is_main, publish, averages)
     return Run(
         accelerator=accelerator,
         step=step,
@@ -172,13 +180,12 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         latents_of=latents_of,
         learning_rates=lambda: learning_rates(optimizer, descriptions),
         saver=saver,
-        states=StateSaver(
-            options.saving, saver, state_writer(setting, live), accelerator.is_main_process, publish_state
-        ),
+        states=StateSaver(options.saving, saver, state_writer(setting, live), is_main, publish_state),
         sampler=make_sampler(setting, loaded, trained),
         validator=make_validator(setting, stores, accelerator.unwrap_model(step), latents_of),
         trackers=setting.trackers,
         history=history,
+        average=average,
         steps_done=setting.steps_done,
         reader=LossReader(accelerator.reduce if accelerator.num_processes > 1 else None),
     )
@@ -242,6 +249,15 @@ def make_trainee(setting: Setting, parts: Parts) -> trainee.NetworkTrainee:
         with trained.untrained():  # a network that cannot be switched off is refused here, not in the middle
             log.info("diff_output_preservation: batches with such images predict twice")
     return trained
+
+
+def make_average(setting: Setting, trained: trainee.NetworkTrainee) -> Average | None:
+    """Return the average of the trained weights, None without --save_ema and on processes that save nothing."""
+    decay = setting.options.training.ema_decay
+    is_wanted = setting.options.saving.save_ema and setting.accelerator.is_main_process
+    if decay is None or not is_wanted:
+        return None
+    return Average(trained.modules, trained.trained_parameters(), decay)
 
 
 def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], None]:

@@ -26,9 +26,11 @@ def warn_if_short(run: Run, dtype: torch.dtype | None) -> None:
     weights = run.trainee.weights().values()
     file_bytes = sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in weights)
     state_bytes = STATE_SIZE * sum(weight.nbytes for weight in weights)
+    state_bytes += 0 if run.average is None else sum(4 * weight.numel() for weight in weights)
     num_files = _most(run, run.saver.keep_epochs, run.saver.keep_steps) + 1
     num_states = _most(run, run.states.keep_epochs, run.states.keep_steps) if run.states.is_periodic else 0
     num_states += run.states.is_at_end
+    num_files *= 1 + len(run.saver.companions)
     needed = num_files * file_bytes + num_states * state_bytes
     try:
         free = shutil.disk_usage(run.saver.folder).free

@@ -61,7 +61,7 @@ def check(options: OptimizerOptions) -> None:
     if flag is None:
         return
     name = optimizers.resolve(optimizers.name_of(options)).name
-    if flag == WEIGHTS and not _are_alike(_rehearsed(options, [range(4)]), _rehearsed_by_weight(options)):
+    if flag == WEIGHTS and not works_by_weight(options):
         raise OptionError(
             f"{WEIGHTS} takes one weight's step at a time, and {name} looks at all of them together. "
             f"Take another optimizer, like Adafactor or AdamW8bit, use {GROUPS}, or leave the option out."
@@ -72,6 +72,11 @@ def check(options: OptimizerOptions) -> None:
             f"{GROUPS} steps parts of the weights one after the other, and {name} keeps something for all of them "
             "together outside of its groups. Take another optimizer or leave the option out."
         )
+
+
+def works_by_weight(options: OptimizerOptions) -> bool:
+    """Return whether the chosen optimizer steps each weight as if it were alone."""
+    return _are_alike(_rehearsed(options, [range(4)]), _rehearsed_by_weight(options))
 
 
 def check_processes(flag: str, num_processes: int) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from library.batch import Batch
     from library.dataset.plan import RunPlan
+    from library.training.ema import Average
     from library.training.sampling import Sampler
     from library.training.saving import Saver
     from library.training.states import StateSaver
@@ -53,6 +54,7 @@ class Run:
     trackers: Trackers
     history: LossHistory
     reader: LossReader
+    average: Average | None = None  # of the weights, on the process that saves
     steps_done: int = 0  # before the first batch: of the run that is resumed
     is_stop_wanted: bool = False  # by any process
 
@@ -165,15 +167,19 @@ def backward(run: Run, batch: Batch, place: Place) -> Tensor:
 
 
 def update(run: Run, losses: list[Tensor]) -> dict[str, Tensor]:
-    """Clip, step, schedule, zero; return what the trainee measured, as scalars on the device."""
+    """Clip, step, schedule, zero, average; return what the trainee measured, as scalars on the device."""
     extras = run.trainee.before_update()
     if run.max_grad_norm > 0:
         run.accelerator.clip_grad_norm_(run.trainee.trained_parameters(), run.max_grad_norm)
     run.optimizer.step()
-    if not run.accelerator.optimizer_step_was_skipped:  # the fp16 scaler skips a step that overflowed
+    is_stepped = not run.accelerator.optimizer_step_was_skipped  # by the fp16 scaler, as it overflowed
+    if is_stepped:
         schedules.advance(run.scheduler, lambda: mean_loss(run, losses))
     run.optimizer.zero_grad(set_to_none=True)
-    return extras | run.trainee.after_update()
+    extras |= run.trainee.after_update()
+    if is_stepped and run.average is not None:
+        run.average.update()
+    return extras
 
 
 def mean_loss(run: Run, losses: list[Tensor]) -> float:

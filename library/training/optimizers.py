@@ -243,6 +243,28 @@ def advise_on_adafactor(given: Mapping[str, Any], max_grad_norm: float) -> None:
         )
 
 
+def load_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """Take back what `state_dict` gave, in its formats: torch gives all of it the weights' own, whatever it had.
+
+    Args:
+        optimizer: as accelerate wraps it.
+        saved: on any device.
+
+    Raises: ValueError, KeyError if it is of other groups.
+    """
+    from torch import Tensor
+
+    optimizer.load_state_dict(saved)
+    inner = unwrapped(optimizer)
+    weights = [weight for group in inner.param_groups for weight in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for number, weight in zip(numbers, weights, strict=True):
+        for key, value in saved["state"].get(number, {}).items():
+            held = inner.state[weight].get(key)
+            if isinstance(value, Tensor) and isinstance(held, Tensor) and held.dtype != value.dtype:
+                inner.state[weight][key] = value.to(held.device)
+
+
 def unwrapped(optimizer: Any) -> Any:
     """Return the optimizer inside accelerate's wrapper, or the optimizer itself."""
     return getattr(optimizer, "optimizer", optimizer)

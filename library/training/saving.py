@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,14 @@ def _cannot_save(path: Path, error: Exception) -> str:
     return f"{path} cannot be saved: {reason}.{free} Make room or choose another --output_dir; no half file is left."
 
 
+@dataclass(frozen=True)
+class Companion:
+    """A further file beside each that is saved, of the same format: written, told of and removed with it."""
+
+    mark: str  # behind the name and before the ending: name_ema.safetensors
+    write: Write
+
+
 class Saver:
     """Writes the network at the times, under the names and with the rotation that the options ask for."""
 
@@ -114,6 +123,7 @@ class Saver:
         num_epochs: int,
         is_main_process: bool = True,
         publish: Callable[[Path], None] | None = None,
+        companions: Sequence[Companion] = (),
     ) -> None:
         """Keep what is needed to save.
 
@@ -124,6 +134,7 @@ class Saver:
             num_epochs: epochs of the whole run; sets the interval for --save_n_epoch_ratio.
             is_main_process: the others write nothing.
             publish: is told of each file that was saved; None: nobody is.
+            companions: what else is written beside each file.
         """
         self.folder = check_output(options)
         self.name = options.output_name
@@ -138,6 +149,7 @@ class Saver:
         self._metadata = metadata
         self._is_main_process = is_main_process
         self._publish = publish
+        self.companions = companions
 
     def is_epoch_due(self, epoch: int) -> bool:
         """Return whether the end of epoch (1-based) asks for a file; the last epoch's is the final one."""
@@ -186,19 +198,33 @@ class Saver:
         return self._save(self.step_path(step), step, epoch - 1)
 
     def _save(self, path: Path, step: int, epoch: int) -> Path:
-        if not self._is_main_process:
-            return path
+        if self._is_main_process:
+            self._write_one(path, self._write, step, epoch)
+            for each in self.companions:
+                self._write_one(self.beside(path, each.mark), each.write, step, epoch)
+        return path
+
+    def _write_one(self, path: Path, write: Write, step: int, epoch: int) -> None:
         with saved_file(path) as partial:
-            self._write(partial, self._metadata(step, epoch))
+            write(partial, self._metadata(step, epoch))
         self.saved = [other for other in self.saved if other != path] + [path]
         log.info("saved %s (%.1f MB, step %d)", path, path.stat().st_size / 1e6, step)
         if self._publish is not None:
             self._publish(path)
-        return path
+
+    def beside(self, path: Path, mark: str) -> Path:
+        """Return the companion of a file: name-000002_ema.safetensors for name-000002.safetensors."""
+        return path.with_name(f"{path.name.removesuffix(self.suffix)}{mark}{self.suffix}")
 
     def _remove(self, path: Path, new: Path) -> None:
-        """Remove a file of this naming, which is older than new and is no longer to be kept."""
-        if not self._is_main_process or path == new or not path.exists():
+        """Remove a file of this naming and its companions, older than new and no longer to be kept."""
+        if not self._is_main_process or path == new:
+            return
+        for each in (path, *(self.beside(path, companion.mark) for companion in self.companions)):
+            self._remove_one(each)
+
+    def _remove_one(self, path: Path) -> None:
+        if not path.exists():
             return
         try:
             path.unlink()

@@ -21,11 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import CheckpointError, UserError
+from library.training import ema
+from library.training.ema import Snapshot
 from library.whole_file import MARK, flush_to_disk
 
 FORMAT = 1
 MANIFEST, WEIGHTS, OPTIMIZER = "train_state.json", "network.safetensors", "optimizer.pt"
-FILES = (WEIGHTS, OPTIMIZER, MANIFEST)
+AVERAGE = "average.safetensors"  # with --ema_decay
+FILES = (WEIGHTS, AVERAGE, OPTIMIZER, MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Contents:
     scaler: Mapping[str, Any] | None  # None without fp16
     history: list[Any]  # of losses, plain values
     validations: list[Any]  # losses on held-back images, plain values
+    average: Snapshot | None = None  # of the weights; None without --ema_decay
 
 
 def write(folder: Path, manifest: Manifest, contents: Contents) -> None:
@@ -74,6 +78,8 @@ def write(folder: Path, manifest: Manifest, contents: Contents) -> None:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in contents.weights.items()}, partial / WEIGHTS
         )
+        if contents.average is not None:
+            ema.write(contents.average, partial / AVERAGE)
         live = {"optimizer": contents.optimizer, "scheduler": contents.scheduler, "scaler": contents.scaler}
         torch.save(live, partial / OPTIMIZER)
         told = {
@@ -88,8 +94,9 @@ def write(folder: Path, manifest: Manifest, contents: Contents) -> None:
             "validations": contents.validations,
         }
         (partial / MANIFEST).write_text(json.dumps(told), encoding="utf-8")
-        for name in FILES:
-            flush_to_disk(partial / name)
+        for written in (partial / name for name in FILES):
+            if written.exists():
+                flush_to_disk(written)
         _put_in_place(partial, folder)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder}: the state cannot be saved ({error}). Earlier ones are untouched.") from error
@@ -164,7 +171,13 @@ def read(resumed: Resumed) -> Contents:
         live = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         weights = load_file(folder / WEIGHTS)
         return Contents(
-            weights, live["optimizer"], live["scheduler"], live["scaler"], resumed.history, resumed.validations
+            weights=weights,
+            optimizer=live["optimizer"],
+            scheduler=live["scheduler"],
+            scaler=live["scaler"],
+            history=resumed.history,
+            validations=resumed.validations,
+            average=ema.read(folder / AVERAGE),
         )
     except (EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"--resume {folder}: {OPTIMIZER} is damaged. Give an earlier state.") from error

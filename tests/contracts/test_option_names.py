@@ -23,6 +23,7 @@ NEW = {"cache_dir", "missing_mask", "report"}  # sd-scripts has no such option
 NEW |= {"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size"}
 NEW_OF_OTHER_SCRIPTS = {"text_encoder_lr1", "text_encoder_lr2"}  # its guide has them, its parser has not
 NEW_OF_OTHER_SCRIPTS |= {"mask_token_drop"}  # for SD3 alone
+NEW |= {"ema_decay", "save_ema"}
 NEW |= {"fused_optimizer_groups"}  # of its SDXL fine-tuning only; here it is for all
 ELSEWHERE = {each.name: each.declared for each in (*REFUSED, *IGNORED, *GRANTED)}
 ALL = {**all_declared(), CONFIG_FILE.name: CONFIG_FILE, OUTPUT_CONFIG.name: OUTPUT_CONFIG}

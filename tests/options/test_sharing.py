@@ -23,6 +23,7 @@ WRONG_TOGETHER = [
     ({"resume": "a-state"}, "--resume does not go with --deepspeed"),
     ({"save_state_on_train_end": True}, "--save_state_on_train_end does not go with --deepspeed"),
     ({"scale_weight_norms": 1.0}, "--scale_weight_norms does not go with --deepspeed"),
+    ({"ema_decay": 0.9}, "--ema_decay does not go with --deepspeed"),
     ({"fused_backward_pass": True}, "--fused_backward_pass does not go with --deepspeed"),
     ({"fused_optimizer_groups": 2}, "--fused_optimizer_groups does not go with --deepspeed"),
     ({"network_args": ("module_dropout=0.1",)}, "module_dropout does not go with --deepspeed"),

@@ -23,6 +23,7 @@ def needed(folder: Path, monkeypatch, caplog, *, free: int, dtype=None, steps_do
     run = SimpleNamespace(
         trainee=SimpleNamespace(weights=lambda: WEIGHTS),
         saver=saver,
+        average=None,
         states=StateSaver(saving, saver, lambda folder, step, epoch: None, True),
         plan=SimpleNamespace(steps_per_epoch=10),
         max_train_steps=100,

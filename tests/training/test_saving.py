@@ -10,7 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import OptionError, UserError
 from library.options.saving import SavingOptions
-from library.training.saving import Saver, check_output, epoch_interval, save_dtype, saved_file, step_to_remove
+from library.training.saving import (
+    Companion,
+    Saver,
+    Write,
+    check_output,
+    epoch_interval,
+    save_dtype,
+    saved_file,
+    step_to_remove,
+)
 
 
 def saver_of(folder: Path, num_epochs: int = 10, is_main_process: bool = True, **options: object) -> Saver:
@@ -81,6 +90,30 @@ def test_steps_are_due_at_multiples(tmp_path: Path) -> None:
 def test_nothing_is_due_when_nothing_was_asked_for(tmp_path: Path) -> None:
     saver = saver_of(tmp_path)
     assert not any(saver.is_step_due(number) or saver.is_epoch_due(number) for number in range(1, 20))
+
+
+def test_companions_are_written_told_of_and_removed_with_their_files(tmp_path: Path) -> None:
+    def write(value: float) -> Write:
+        return lambda path, metadata: save_file({"x": torch.full((2,), value)}, path, metadata)
+
+    told: list[Path] = []
+    saving = SavingOptions(
+        output_dir=str(tmp_path), output_name="v1.5", save_every_n_epochs=1, save_last_n_epochs=1,
+        save_every_n_steps=5, save_last_n_steps=4,
+    )  # fmt: skip
+    saver = Saver(
+        saving, write(1), lambda step, epoch: {"at": str(step)}, 9, True, told.append, [Companion("_ema", write(2))]
+    )
+    for number in (1, 2):
+        saver.save_step(5 * number, number)
+        saver.save_epoch(number, 10 * number)
+    saver.save_final(25, 9)
+    kept = ["v1.5-000002", "v1.5-000002_ema", "v1.5-step00000010", "v1.5-step00000010_ema", "v1.5", "v1.5_ema"]
+    assert names(tmp_path) == sorted(f"{name}.safetensors" for name in kept)
+    assert len(told) == 10
+    assert sorted(saver.saved) == sorted(tmp_path / f"{name}.safetensors" for name in kept)
+    assert load_file(tmp_path / "v1.5_ema.safetensors")["x"].tolist() == [2, 2]
+    assert metadata_of(tmp_path / "v1.5-000002_ema.safetensors") == {"at": "20"}
 
 
 @pytest.mark.parametrize(("ratio", "num_epochs", "every"), [(4, 10, 2), (20, 10, 1), (3, 9, 3)])
