@@ -129,7 +129,9 @@ def training_commands() -> list[tuple[str, str, str]]:
     found = []
     for page in PAGES:
         for _, body in CODE_BLOCK.findall(page.read_text("utf-8")):
-            command = re.search(r"(\w*train_network)\.py(.*--output_dir.*)", body.replace("\\\n", " "), re.DOTALL)
+            command = re.search(
+                r"(\w*train_network|train_db)\.py(.*--output_dir.*)", body.replace("\\\n", " "), re.DOTALL
+            )
             if command:
                 found.append((name_of(page), command[1], command[2]))
     return found
@@ -138,7 +140,7 @@ def training_commands() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("place", "script", "arguments"), training_commands())
 def test_every_training_command_that_is_shown_is_understood(place, script, arguments):
     read = read_training(shlex.split(arguments), script)
-    assert read.options.masks.masked_loss or GUIDES_CONFIG in arguments
+    assert read.options.masks.masked_loss or GUIDES_CONFIG in arguments or script == "train_db"
     assert not read.warnings
 
 

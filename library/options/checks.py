@@ -10,7 +10,7 @@ from library.options.declare import declared
 from library.options.flow import FlowOptions
 from library.options.groups import Options
 from library.options.hub import hub_place
-from library.options.reference import TRAINS_BESIDE_TEXT_CACHE, WHOLE_MODEL_SCRIPTS
+from library.options.reference import TRAINS_BESIDE_TEXT_CACHE, WHOLE_MODEL_SCRIPTS, default_in
 from library.options.sharing import check_deepspeed, idle_deepspeed_options
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt")
@@ -43,7 +43,7 @@ def check_options(options: Options, script: str = "train_network") -> list[str]:
         *idle_deepspeed_options(options),
         *_idle_saving_options(options),
         *_idle_hub_options(options),
-        *_idle_logging_options(options),
+        *_idle_logging_options(options, script),
     ]
 
 
@@ -314,12 +314,12 @@ def _idle_hub_options(options: Options) -> Iterator[str]:
         yield "--save_state_to_huggingface has no effect without --save_state or --save_state_on_train_end"
 
 
-def _idle_logging_options(options: Options) -> Iterator[str]:
+def _idle_logging_options(options: Options, script: str) -> Iterator[str]:
     logging = options.logging
     has_wandb = logging.log_with in ("wandb", "all")
     if logging.log_with is None and not logging.logging_dir:
         for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config"):
-            if getattr(logging, name):
+            if getattr(logging, name) not in (None, "", False, default_in(script, name)):
                 yield f"--{name} has no effect without --logging_dir or --log_with"
     for name in ("wandb_run_name", "wandb_api_key"):
         if getattr(logging, name) and not has_wandb:

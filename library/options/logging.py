@@ -28,7 +28,9 @@ class LoggingOptions:
         None, "Where curves go; tensorboard and all need --logging_dir.", choices=("tensorboard", "wandb", "all")
     )
     log_prefix: str | None = option(None, "Text before the date in the name of the run's folder in --logging_dir.")
-    log_tracker_name: str | None = option(None, "Name of the project in the tracker; unset is network_train.")
+    log_tracker_name: str | None = option(
+        None, "Name of the project in the tracker; unset is network_train, or dreambooth with train_db."
+    )
     log_tracker_config: str | None = option(
         None, "TOML file of settings for the trackers, a section each; replaces --wandb_run_name.", is_path=True
     )

@@ -102,38 +102,51 @@ IGNORED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
             ("base_weights", "base_weights_multiplier"),
             "networks are merged into a model beforehand, by networks/merge_lora.py",
         ),
+        **dict.fromkeys(
+            (
+                "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device",
+                "offload_param_nvme_path", "zero3_save_16bit_model", "fp16_master_weights_and_gradients",
+            ),
+            "it is DeepSpeed's, which only networks are trained with",
+        ),
     },
 }  # fmt: skip
 # Of those ignored, what files record all the same, as sd-scripts does. The others count as not given.
 RECORDED = frozenset({"clip_skip"})
 
 # Of those ignored, where 0 means something else than left out.
-ZERO_COUNTS = frozenset({"unet_lr"})
+ZERO_COUNTS = frozenset({"unet_lr", "zero_stage"})
 
 # Scripts of models with a text encoder that can be trained beside the cached outputs of the others: CLIP beside T5-XXL.
 TRAINS_BESIDE_TEXT_CACHE = frozenset({"sd3_train_network"})
 
 # What of an option's declaration is otherwise in a script.
 _NETWORK_FILES = {"save_model_as": {"choices": ("ckpt", "pt", "safetensors")}}
-_MODEL_FILES = {
+_OF_WHOLE_MODELS: Mapping[str, Mapping[str, Any]] = {
+    "log_tracker_name": {"default": "dreambooth", "help": "Name of the project in the tracker."},
     "save_model_as": {
         "choices": ("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
         "default": None,
         "help": "What saved models are: a single file (ckpt, safetensors), or a folder as diffusers has it, of pickled "
         "(diffusers) or safetensors files (diffusers_safetensors). Unset: what the base model is.",
-    }
+    },
 }
 OTHERWISE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "train_network": _NETWORK_FILES,
     "sdxl_train_network": _NETWORK_FILES,
     "sd3_train_network": _NETWORK_FILES,
-    "train_db": _MODEL_FILES,
+    "train_db": _OF_WHOLE_MODELS,
 }
 
 
 def as_in(script: str, each: Declared) -> Declared:
     """Return an option as a script has it."""
     return replace(each, **OTHERWISE.get(script, {}).get(each.name, {}))
+
+
+def default_in(script: str, name: str) -> Any:
+    """Return an option's default that only this script has; None where it has none of its own."""
+    return OTHERWISE.get(script, {}).get(name, {}).get("default")
 
 
 # Keys that graphical front ends write into config files, though no script has such an option.

@@ -61,6 +61,11 @@ def test_every_option_has_its_row() -> None:
     assert set(LIST) == {*REFERENCE, *all_declared()} - set(OTHER_SCRIPTS)
 
 
+def test_every_option_of_train_db_has_its_row() -> None:
+    names = json.loads((TESTS / "data" / "options_train_db.json").read_text("utf-8"))
+    assert set(names) <= {*LIST, *OF_SCRIPTS["train_db"]}
+
+
 @pytest.mark.parametrize("script", sorted(OF_SCRIPTS))
 def test_every_option_that_another_script_has_or_takes_otherwise_has_its_row(script: str) -> None:
     own = {name for name in all_declared() if script in OTHER_SCRIPTS.get(name, ((),))[0]}
