@@ -7,16 +7,12 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from library.models import pickling, streaming
 from library.models.checkpoint import PickledFile, TensorSource
-
-if TYPE_CHECKING:
-    from library.models.family import Parts
 
 log = logging.getLogger(__name__)
 
@@ -36,27 +32,6 @@ class Kept:
     tensors: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))  # of a single file, by name
     counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))  # of a .ckpt: epoch, global_step
     files: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))  # of a folder: all but weights
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """A family whose models can be written whole."""
-
-    def kept(self, checkpoint: str) -> Kept:
-        """Return what the model's source holds besides the weights, for `save_whole`; the source is not read again."""
-
-    def save_whole(
-        self,
-        parts: Parts,
-        kept: Kept,
-        path: Path,
-        *,
-        form: str,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        place: tuple[int, int],
-    ) -> None:
-        """Write the whole model, as it is now; half a file or folder is left where this fails. Raises: OSError."""
 
 
 def kept_of_file(file: TensorSource, written: Container[str], renamed: Mapping[str, str] | None = None) -> Kept:

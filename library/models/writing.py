@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -14,6 +14,7 @@ from library.models.family import Parts
 from library.models.whole_model import Kept, Pieces
 
 
+@runtime_checkable
 class WholeFamily(Protocol):
     """A family whose whole models can be saved."""
 

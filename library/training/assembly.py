@@ -19,7 +19,7 @@ from library.training import changes, distribution, ema, file_metadata, fused, o
 from library.training import data as training_data
 from library.training.data import Data, Stores
 from library.training.ema import Average
-from library.training.file_metadata import Hashes
+from library.training.file_metadata import FileMetadata, Hashes
 from library.training.loop import Run
 from library.training.metrics import LossHistory, LossReader
 from library.training.painting import Drawing
@@ -148,7 +148,6 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         setting.checked.precision.autocast,
     )
     optimizer = distribution.innermost(prepared)
-    num_epochs = -(-setting.max_train_steps // plan.steps_per_epoch)
     scheduler = schedules.create(options.schedule, optimizer, setting.max_train_steps)
     history = LossHistory(plan.steps_per_epoch)
     average = make_average(setting, trained)
@@ -157,18 +156,7 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         live.restore(setting.checked.resumed)
     metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
     latents_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
-    publish, publish_state = publishers(setting.uploads, options.hub)
-    averages = ema.companion(average, trained.save, save_dtype(options.saving.save_precision))
-    saver = Saver(
-        options.saving,
-        trained.save,
-        metadata.at,
-        num_epochs,
-        accelerator.is_main_process,
-        publish,
-        averages,
-        suffix=setting.checked.method.saved_suffix(options),
-    )
+    saver, states = make_savers(setting, live, metadata)
     return Run(
         accelerator=accelerator,
         step=step,
@@ -191,9 +179,7 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         latents_of=latents_of,
         learning_rates=lambda: learning_rates(optimizer, descriptions),
         saver=saver,
-        states=StateSaver(
-            options.saving, saver, state_writer(setting, live), accelerator.is_main_process, publish_state
-        ),
+        states=states,
         sampler=make_sampler(setting, loaded, trained),
         validator=make_validator(setting, stores, accelerator.unwrap_model(step), latents_of),
         trackers=setting.trackers,
@@ -236,6 +222,23 @@ def make_optimizer(
     fused.step_by_group(optimizer, parting.members, options.max_grad_norm)
     log.info("%d groups of weights step within the backward pass", len(parting.members))
     return optimizer, [wanted.descriptions[origin] for origin in parting.origins]
+
+
+def make_savers(setting: Setting, live: Live, metadata: FileMetadata) -> tuple[Saver, StateSaver]:
+    """Return what saves what is trained, with its average, and what saves the state of the run."""
+    options, is_main_process = setting.options, setting.accelerator.is_main_process
+    publish, publish_state = publishers(setting.uploads, options.hub)
+    saver = Saver(
+        options.saving,
+        live.trainee.save,
+        metadata.at,
+        -(-setting.max_train_steps // setting.plan.steps_per_epoch),
+        is_main_process,
+        publish,
+        ema.companion(live.average, live.trainee.save, save_dtype(options.saving.save_precision)),
+        suffix=setting.checked.method.saved_suffix(options),
+    )
+    return saver, StateSaver(options.saving, saver, state_writer(setting, live), is_main_process, publish_state)
 
 
 def rounding_seed(setting: Setting) -> int | None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from library.errors import CheckpointError, OptionError
 from library.models import folders
 from library.models.family import Parts
-from library.models.whole_model import FOLDERS, Writer
+from library.models.whole_model import FOLDERS
+from library.models.writing import WholeFamily
 from library.training.precision import Precision
 from library.training.saving import save_dtype
 from networks.plugin import OptimizerGroups
@@ -104,7 +105,7 @@ class Rates:
 class Output:
     """What is needed to write whole models, beside what is trained."""
 
-    writer: Writer
+    family: WholeFamily
     kept: Kept  # of the model that the run starts from
     vae: nn.Module  # on the CPU
     form: str
@@ -117,7 +118,7 @@ class Output:
         Raises: CheckpointError.
         """
         options, family = setting.options, setting.family
-        assert isinstance(family, Writer), "the script of a family that cannot be written whole trains networks"
+        assert isinstance(family, WholeFamily), "the script of a family that cannot be written whole trains networks"
         checkpoint = options.model.pretrained_model_name_or_path or ""
         dtype = save_dtype(options.saving.save_precision)
         return Output(
@@ -220,7 +221,7 @@ class FullTrainee:
         assert output is not None, "only the main process writes"
         place = (self.steps_done, -(-self.steps_done // self.steps_per_epoch))
         whole = replace(self.parts, vae=output.vae)
-        output.writer.save_whole(
+        output.family.save_whole(
             whole, output.kept, path, form=output.form, dtype=output.dtype, metadata=metadata, place=place
         )
 
