@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError, OptionError
-from library.models import folders
 from library.models.family import Parts
 from library.models.whole_model import FOLDERS
 from library.models.writing import WholeFamily
@@ -59,7 +58,7 @@ class FullModel:
             parts,
             Rates.of(options, is_text_trained=stop is None or stop > 0),
             stop,
-            Output.of(setting) if setting.accelerator.is_main_process else None,
+            Output.of(setting, parts) if setting.accelerator.is_main_process else None,
             setting.plan.steps_per_epoch,
             setting.steps_done,
         )
@@ -71,7 +70,7 @@ class FullModel:
 
     def saved_suffix(self, options: Options) -> str:
         """Return how the names of saved models end; diffusers folders' with nothing."""
-        form = form_of(options)
+        form = options.saving.model_form(options.model.pretrained_model_name_or_path or "")
         return "" if form in FOLDERS else f".{form}"
 
     def may_leave_weights_out(self, options: Options, family: ModelFamily) -> bool:
@@ -108,11 +107,12 @@ class Output:
     family: WholeFamily
     kept: Kept  # of the model that the run starts from
     vae: nn.Module  # on the CPU
+    text_encoders: tuple[nn.Module, ...]  # those of the run, or on the CPU where all captions are encoded already
     form: str
     dtype: torch.dtype | None  # of what is written; None: as trained
 
     @staticmethod
-    def of(setting: Setting) -> Output:
+    def of(setting: Setting, parts: Parts) -> Output:
         """Return it, read once: the model that the run starts from may be moved or removed meanwhile.
 
         Raises: CheckpointError.
@@ -125,7 +125,8 @@ class Output:
             family,
             family.kept(checkpoint),
             family.load_vae(checkpoint, options.model.vae, dtype or torch.float32),
-            form_of(options),
+            parts.text_encoders or family.load_text_encoders(checkpoint, dtype or torch.float32),
+            options.saving.model_form(options.model.pretrained_model_name_or_path or ""),
             dtype,
         )
 
@@ -220,7 +221,7 @@ class FullTrainee:
         output = self.output
         assert output is not None, "only the main process writes"
         place = (self.steps_done, -(-self.steps_done // self.steps_per_epoch))
-        whole = replace(self.parts, vae=output.vae)
+        whole = replace(self.parts, vae=output.vae, text_encoders=output.text_encoders)
         output.family.save_whole(
             whole, output.kept, path, form=output.form, dtype=output.dtype, metadata=metadata, place=place
         )
@@ -256,14 +257,3 @@ def _refused() -> Iterator[None]:
         "keep. Train a network (train_network.py), or leave it out of the dataset config."
     )
     yield
-
-
-def form_of(options: Options) -> str:
-    """Return in which form models are saved: as asked for, or else that of the model that the run starts from."""
-    asked, wants_safetensors = options.saving.save_model_as, options.saving.use_safetensors
-    if asked is not None:
-        return "diffusers_safetensors" if asked == "diffusers" and wants_safetensors else asked
-    source = options.model.pretrained_model_name_or_path or ""
-    if not folders.is_file(source):
-        return "diffusers_safetensors"
-    return "safetensors" if wants_safetensors or Path(source).suffix == ".safetensors" else "ckpt"
