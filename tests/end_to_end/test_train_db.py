@@ -70,22 +70,6 @@ def source(family: Family = SD15) -> dict[str, torch.Tensor]:
 
 
 # ---- what learns --------------------------------------------------------------------------------------------------
-def test_the_text_encoder_learns_up_to_its_last_step(full: Full, config: Path) -> None:
-    more = ("--max_train_steps", 4, "--save_every_n_steps", 2, "--stop_text_encoder_training", 2)
-    run = full(config, *more)
-    half = tensors_of(run.folder / "out" / "lora-step00000002.safetensors")
-    assert changed(source(), half) == {UNET, TEXT}
-    assert changed(half, run.tensors) == {UNET}
-
-
-@pytest.mark.parametrize(
-    "never", [("--stop_text_encoder_training", 0), ("--stop_text_encoder_training", -1), ("--learning_rate_te", 0)]
-)
-def test_the_text_encoder_need_not_learn(never, full: Full, config: Path) -> None:
-    run = full(config, *never)
-    assert changed(source(), run.tensors) == {UNET}
-
-
 def test_captions_encoded_before_training_are_saved_with_the_encoder_as_it_was(full: Full, config: Path) -> None:
     given = ("--stop_text_encoder_training", 0)
     plain = full(config, *given, name="plain")
@@ -101,13 +85,6 @@ def test_the_text_encoder_has_a_rate_of_its_own(full: Full, config: Path) -> Non
     moved = [max((t - source()[name]).abs().max() for name, t in each.tensors.items() if name.startswith(TEXT)
                  and t.is_floating_point()) for each in (run, faster)]  # fmt: skip
     assert moved[1] > 20 * moved[0]
-
-
-def test_captions_without_padding_are_read_otherwise(full: Full, config: Path) -> None:
-    plain = full(config, "--max_train_steps", 1, name="plain")
-    other = full(config, "--max_train_steps", 1, "--no_token_padding", name="other")
-    assert plain.losses != other.losses
-    assert other.losses == pytest.approx(plain.losses, rel=0.1)
 
 
 def test_images_that_the_network_would_preserve_are_refused(full: Full, pictures, tmp_path, capsys) -> None:
