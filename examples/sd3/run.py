@@ -8,15 +8,20 @@ alone with everything cached, and on the MMDiT and both CLIP text encoders besid
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+if __package__ in (None, ""):  # started as a file: the project's folder is two levels up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.running import Example, run_all
+
 MODEL = Path("examples/embedded_model/made/tiny-sd35-medium.safetensors")
-DATASET = Path("examples/sd3/dataset.toml")
-PROMPTS = Path("examples/sd3/prompts.txt")
+EXAMPLE = Example(
+    Path("examples/sd3"),
+    "sd3_train_network.py",
+    ("--weighting_scheme=sigma_sqrt", "--network_module=networks.lora_sd3", "--optimizer_type=AdamW"),
+)
 OUTPUT = Path("output/sd3")
 NUM_STEPS = 16
 
@@ -37,54 +42,15 @@ WITH_CLIP = (
 )
 
 
-def training(model: Path, output: Path, name: str, num_steps: int, more: Sequence[str]) -> list[str]:
-    """Return sd3_train_network.py and its options."""
-    return [
-        "sd3_train_network.py",
-        f"--pretrained_model_name_or_path={model.as_posix()}",
-        f"--dataset_config={DATASET.as_posix()}",
-        "--masked_loss",
-        "--cache_latents",
-        "--weighting_scheme=sigma_sqrt",
-        "--network_module=networks.lora_sd3",
-        "--network_dim=8",
-        "--network_alpha=8",
-        "--learning_rate=1e-3",
-        "--optimizer_type=AdamW",
-        f"--max_train_steps={num_steps}",
-        "--max_data_loader_n_workers=0",
-        "--mixed_precision=bf16",
-        "--seed=1",
-        "--sdpa",
-        f"--sample_prompts={PROMPTS.as_posix()}",
-        f"--sample_every_n_steps={num_steps}",
-        f"--output_dir={output.as_posix()}",
-        f"--output_name={name}",
-        "--report",
-        *more,
-    ]
-
-
 def commands(model: Path, output: Path, num_steps: int) -> list[list[str]]:
     """Return both commands: with the least memory, and with both CLIP text encoders."""
     return [
-        training(model, output, "mmdit-only", num_steps, [*ON_LITTLE_MEMORY, f"--cache_dir={output.as_posix()}/cache"]),
-        training(model, output, "with-clip", num_steps, WITH_CLIP),
+        EXAMPLE.training(
+            model, output, "mmdit-only", num_steps, [*ON_LITTLE_MEMORY, f"--cache_dir={output.as_posix()}/cache"]
+        ),
+        EXAMPLE.training(model, output, "with-clip", num_steps, WITH_CLIP),
     ]
 
 
-def main() -> int:
-    """Run it all and return the exit code."""
-    if not (ROOT / MODEL).is_file():
-        (ROOT / MODEL).parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "examples/embedded_model/sd3.py", str(MODEL)], cwd=ROOT, check=True)
-    for command in commands(MODEL, OUTPUT, NUM_STEPS):
-        print(f"python {' '.join(command)}", flush=True)
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
-        if done.returncode:
-            return done.returncode
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_all("examples/embedded_model/sd3.py", MODEL, commands(MODEL, OUTPUT, NUM_STEPS)))
