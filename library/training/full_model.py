@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError, OptionError
-from library.models import folders, unet
+from library.models import unet
 from library.models.family import Parts
 from library.models.whole_model import FOLDERS
 from library.models.writing import WholeFamily
@@ -71,7 +71,7 @@ class FullModel:
 
     def saved_suffix(self, options: Options) -> str:
         """Return how the names of saved models end; diffusers folders' with nothing."""
-        form = form_of(options)
+        form = options.saving.model_form(options.model.pretrained_model_name_or_path or "")
         return "" if form in FOLDERS else f".{form}"
 
     def may_leave_weights_out(self, options: Options, family: ModelFamily) -> bool:
@@ -109,7 +109,7 @@ class Output:
     family: WholeFamily
     kept: Kept  # of the model that the run starts from
     vae: nn.Module  # on the CPU
-    text_encoders: tuple[nn.Module, ...]  # likewise, where the run has let go of its own
+    text_encoders: tuple[nn.Module, ...]  # those of the run, or on the CPU where all captions are encoded already
     form: str
     dtype: torch.dtype | None  # of what is written; None: as trained
 
@@ -127,8 +127,8 @@ class Output:
             family,
             family.kept(checkpoint),
             family.load_vae(checkpoint, options.model.vae, dtype or torch.float32),
-            () if parts.text_encoders else family.load_text_encoders(checkpoint, setting.checked.precision.frozen),
-            form_of(options),
+            parts.text_encoders or family.load_text_encoders(checkpoint, dtype or torch.float32),
+            options.saving.model_form(options.model.pretrained_model_name_or_path or ""),
             dtype,
         )
 
@@ -250,8 +250,7 @@ class FullTrainee:
         output = self.output
         assert output is not None, "only the main process writes"
         place = (self.steps_done, -(-self.steps_done // self.steps_per_epoch))
-        texts = self.parts.text_encoders or output.text_encoders
-        whole = replace(self.parts, text_encoders=texts, vae=output.vae)
+        whole = replace(self.parts, vae=output.vae, text_encoders=output.text_encoders)
         output.family.save_whole(
             whole, output.kept, path, form=output.form, dtype=output.dtype, metadata=metadata, place=place
         )
@@ -287,14 +286,3 @@ def _refused() -> Iterator[None]:
         "keep. Train a network (train_network.py), or leave it out of the dataset config."
     )
     yield
-
-
-def form_of(options: Options) -> str:
-    """Return in which form models are saved: as asked for, or else that of the model that the run starts from."""
-    asked, wants_safetensors = options.saving.save_model_as, options.saving.use_safetensors
-    if asked is not None:
-        return "diffusers_safetensors" if asked == "diffusers" and wants_safetensors else asked
-    source = options.model.pretrained_model_name_or_path or ""
-    if not folders.is_file(source):
-        return "diffusers_safetensors"
-    return "safetensors" if wants_safetensors or Path(source).suffix == ".safetensors" else "ckpt"
