@@ -142,7 +142,7 @@ def block_indices(unet: nn.Module) -> dict[str, int]:
     last, as files number them.
     """
     table = layout.unet_table(blocks_of(unet))
-    places = {name: table.to_original(name).split(".") for name, _ in unet.named_parameters()}
+    places = {name: str(table.to_original(name)).split(".") for name, _ in unet.named_parameters()}
     sizes = dict.fromkeys(("input_blocks", "middle_block", "output_blocks"), 0)
     for part, number, *_ in places.values():
         if part in sizes:
