@@ -33,6 +33,7 @@ TOOL_FLAGS = {"torch-index", "json", "masks", "contact_sheet", "help"}  # of qui
 FOREIGN_FLAGS = {"extra-index-url", "num_cpu_threads_per_process", "logdir"}  # of pip, accelerate and tensorboard
 FOREIGN_FLAGS |= {"multi_gpu", "num_processes", "nproc_per_node", "use_deepspeed"}  # of launchers
 FOREIGN_FLAGS |= {"use_fsdp", "fsdp_version", "fsdp_reshard_after_forward", "fsdp_offload_params"}
+FOREIGN_FLAGS |= {"diffusers_xformers"}  # of sd-scripts
 PLACEHOLDERS = {"name"}
 GUIDES_CONFIG = "my_sd3_dataset_config.toml"  # of a command that is shown as sd-scripts' guide has it
 PROMPT_FLAGS = {"w", "h", "d", "s", "l", "n", "ss"}  # in prompt files
@@ -130,7 +131,7 @@ def training_commands() -> list[tuple[str, str, str]]:
     for page in PAGES:
         for _, body in CODE_BLOCK.findall(page.read_text("utf-8")):
             command = re.search(
-                r"(\w*train_network|train_db)\.py(.*--output_dir.*)", body.replace("\\\n", " "), re.DOTALL
+                r"(\w*train_network|train_db|sdxl_train)\.py(.*--output_dir.*)", body.replace("\\\n", " "), re.DOTALL
             )
             if command:
                 found.append((name_of(page), command[1], command[2]))

@@ -135,6 +135,29 @@ def original_tensors(unet: nn.Module, linear_projection: bool) -> dict[str, Tens
     return written
 
 
+def block_indices(unet: nn.Module) -> dict[str, int]:
+    """Return the block that each weight of the U-Net is in, by its name: 0 to 22 for SDXL.
+
+    What the U-Net is told first, then the blocks of the way down, of the middle and of the way up, and the output
+    last, as files number them.
+    """
+    table = layout.unet_table(blocks_of(unet))
+    places = {name: str(table.to_original(name)).split(".") for name, _ in unet.named_parameters()}
+    sizes = dict.fromkeys(("input_blocks", "middle_block", "output_blocks"), 0)
+    for part, number, *_ in places.values():
+        if part in sizes:
+            sizes[part] = max(sizes[part], int(number) + 1)
+    before = {"time_embed": 0, "label_emb": 0, "out": 1 + sum(sizes.values())}
+    first = 1
+    starts = {}
+    for part, size in sizes.items():
+        starts[part], first = first, first + size
+    return {
+        name: starts[part] + int(number) if part in starts else before[part]
+        for name, (part, number, *_) in places.items()
+    }
+
+
 def weight_names(file: TensorSource) -> set[str]:
     """Return the names of the U-Net's tensors among those of a file, which start at "input_blocks.".
 

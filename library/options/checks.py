@@ -10,7 +10,7 @@ from library.options.declare import declared
 from library.options.flow import FlowOptions
 from library.options.groups import Options
 from library.options.hub import hub_place
-from library.options.reference import TRAINS_BESIDE_TEXT_CACHE, WHOLE_MODEL_SCRIPTS, default_in
+from library.options.reference import TEXT_ON_DEMAND, TRAINS_BESIDE_TEXT_CACHE, WHOLE_MODEL_SCRIPTS, default_in
 from library.options.sharing import check_deepspeed, idle_deepspeed_options
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt")
@@ -39,6 +39,7 @@ def check_options(options: Options, script: str = "train_network") -> list[str]:
         *idle_flow_options(options.flow),
         *_idle_with_class(options),
         *_idle_training_options(options),
+        *_idle_text_rates(options),
         *_idle_t5_training(options),
         *idle_deepspeed_options(options),
         *_idle_saving_options(options),
@@ -106,6 +107,12 @@ def _check_text_cache(options: Options, script: str) -> None:
                 "--cache_text_encoder_outputs encodes the captions with T5-XXL before training, so that train_t5xxl of "
                 "--network_args has nothing to train. Leave one of them out."
             )
+    elif script in TEXT_ON_DEMAND:
+        if _is_text_trained(options):
+            raise OptionError(
+                "--cache_text_encoder_outputs encodes the captions before training, so that --train_text_encoder has "
+                "nothing to train. Leave one of them out."
+            )
     elif script in WHOLE_MODEL_SCRIPTS:
         if _is_text_trained(options):
             raise OptionError(
@@ -138,9 +145,10 @@ def _check_resume(options: Options) -> None:
 
 
 def _is_text_trained(options: Options) -> bool:
-    """Return whether a script that trains whole models trains the text encoder, at least for some steps."""
-    rate, stop = options.optimizer.learning_rate_te, options.training.stop_text_encoder_training
-    return (options.optimizer.learning_rate if rate is None else rate) > 0 and (stop is None or stop > 0)
+    """Return whether a script that trains whole models trains a text encoder, at least for some steps."""
+    rates, stop = options.optimizer.text_encoder_rates, options.training.stop_text_encoder_training
+    default = options.optimizer.learning_rate
+    return any((default if rate is None else rate) > 0 for rate in rates) and (stop is None or stop > 0)
 
 
 def _check_padding(options: Options) -> None:
@@ -169,9 +177,11 @@ def _check_average(options: Options) -> None:
 
 def _check_rates(options: Options, script: str) -> None:
     if script in WHOLE_MODEL_SCRIPTS:
-        if not (options.optimizer.learning_rate > 0 or _is_text_trained(options) or options.dataset.debug_dataset):
+        unet = max(options.optimizer.block_rates or (options.optimizer.learning_rate,))
+        if not (unet > 0 or _is_text_trained(options) or options.dataset.debug_dataset):
+            other = "--train_text_encoder with a rate" if script in TEXT_ON_DEMAND else "--learning_rate_te"
             raise OptionError(
-                "Nothing is trained: every learning rate that counts is 0. Set --learning_rate, or --learning_rate_te."
+                f"Nothing is trained: every learning rate that counts is 0. Set --learning_rate, or {other}."
             )
         return
     network, default = options.network, options.optimizer.learning_rate
@@ -272,15 +282,22 @@ def _idle_training_options(options: Options) -> Iterator[str]:
     if options.optimizer.fused_optimizer_groups and options.optimizer.max_grad_norm:
         norm = options.optimizer.max_grad_norm
         yield f"--max_grad_norm {norm:g} with --fused_optimizer_groups: clips each group's gradient alone; 0 is off"
-    if not _is_text_trained(options) and options.optimizer.learning_rate_te:
-        stop = training.stop_text_encoder_training
-        yield f"--learning_rate_te has no effect: --stop_text_encoder_training {stop} leaves the text encoder as it is"
     if network.network_train_unet_only and network.text_encoder_lr is not None:
         yield "--text_encoder_lr has no effect: --network_train_unet_only leaves the text encoder as it is"
     if network.network_train_text_encoder_only and network.unet_lr is not None:
         yield "--unet_lr has no effect: --network_train_text_encoder_only leaves the U-Net as it is"
     if loss.loss_type in ("l1", "l2") and (loss.huber_c, loss.huber_scale, loss.huber_schedule) != (0.1, 1.0, "snr"):
         yield f"--huber_schedule, --huber_c and --huber_scale have no effect with --loss_type {loss.loss_type}"
+
+
+def _idle_text_rates(options: Options) -> Iterator[str]:
+    chosen, training = options.optimizer, options.training
+    if not _is_text_trained(options) and chosen.learning_rate_te:
+        stop = training.stop_text_encoder_training
+        yield f"--learning_rate_te has no effect: --stop_text_encoder_training {stop} leaves the text encoder as it is"
+    for name in ("learning_rate_te1", "learning_rate_te2"):
+        if getattr(chosen, name) and not training.train_text_encoder:
+            yield f"--{name} has no effect without --train_text_encoder"
 
 
 def _idle_saving_options(options: Options) -> Iterator[str]:

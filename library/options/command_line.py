@@ -23,6 +23,7 @@ from library.options.reference import (
     RECORDED,
     REFUSED,
     REFUSED_BY_SCRIPT,
+    TEXT_ON_DEMAND,
     TRAINS_BESIDE_TEXT_CACHE,
     WHOLE_MODEL_SCRIPTS,
     ZERO_COUNTS,
@@ -118,7 +119,8 @@ def read_command_line(
     warnings += said
     idle = IGNORED_BY_SCRIPT.get(script, {}).keys() - RECORDED
     defaults = {name: known[name].default for name in OTHERWISE.get(script, {})}
-    options = build_all({**defaults, **{name: value for name, value in values.items() if name not in idle}})
+    meant = {name: value for name, value in _with_text_on_demand(values, script).items() if name not in idle}
+    options = build_all({**defaults, **meant})
     if is_writing:
         path = config_file.path_of(file)
         config_file.write(path, values, known)
@@ -131,7 +133,7 @@ def _with_unet_only(values: dict[str, Any], script: str) -> tuple[dict[str, Any]
 
     The guide's command for SDXL has the cache beside rates for the text encoders, which sd-scripts refuses.
     """
-    if script in TRAINS_BESIDE_TEXT_CACHE:
+    if script in TRAINS_BESIDE_TEXT_CACHE | TEXT_ON_DEMAND:
         return values, []
     is_cached = values.get("cache_text_encoder_outputs") or values.get("cache_text_encoder_outputs_to_disk")
     if script in WHOLE_MODEL_SCRIPTS:
@@ -147,6 +149,13 @@ def _with_unet_only(values: dict[str, Any], script: str) -> tuple[dict[str, Any]
         "encoded before training, so THE TEXT ENCODERS ARE NOT TRAINED. To train them, leave the cache out"
     )
     return {**values, **taken}, [warning]
+
+
+def _with_text_on_demand(values: dict[str, Any], script: str) -> dict[str, Any]:
+    """Return the values with what a script means that trains text encoders only where that is asked for."""
+    if script not in TEXT_ON_DEMAND or values.get("train_text_encoder"):
+        return values
+    return {**values, "stop_text_encoder_training": 0}
 
 
 def _known(script: str) -> dict[str, Declared]:

@@ -51,19 +51,47 @@ GRANTED = (
 )
 
 # Scripts that train the model itself, with no network on top.
-WHOLE_MODEL_SCRIPTS = frozenset({"train_db"})
+WHOLE_MODEL_SCRIPTS = frozenset({"train_db", "sdxl_train"})
+
+# Of these, scripts that leave text encoders as they are unless --train_text_encoder is given.
+TEXT_ON_DEMAND = frozenset({"sdxl_train"})
+
+_FLOAT8_CANNOT_LEARN = dict.fromkeys(
+    ("fp8_base", "fp8_base_unet"), "weights of one byte cannot learn, and the model's own do"
+)
+_SHARED_OUT_BY_FSDP = "whole models are shared out among processes by FSDP, which accelerate config sets up"
+_NO_CLIP_SKIP_OF_SDXL = "SDXL always reads its text encoders at the last layer but one"
+_WITHOUT_NETWORK = {
+    **dict.fromkeys(
+        (
+            "network_module", "network_weights", "network_dim", "network_alpha", "network_dropout", "network_args",
+            "dim_from_weights", "scale_weight_norms",
+        ),
+        "the model itself is trained, with no network on top",
+    ),
+    "unet_lr": "the U-Net learns at --learning_rate",
+    **dict.fromkeys(
+        (
+            "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device",
+            "offload_param_nvme_path", "zero3_save_16bit_model", "fp16_master_weights_and_gradients",
+        ),
+        "it is DeepSpeed's, which only networks are trained with",
+    ),
+}  # fmt: skip
 
 # Options that a script understands but cannot carry out -> why. Those refused are errors, those ignored warnings.
 REFUSED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
     "sdxl_train_network": {"v2": "Stable Diffusion 2.x is trained with train_network.py"},
     "sd3_train_network": {"weighted_captions": "T5-XXL reads a caption as a whole, so that words have no weights"},
-    "train_db": {
-        **dict.fromkeys(("fp8_base", "fp8_base_unet"), "weights of one byte cannot learn, and the model's own do"),
-        "deepspeed": "whole models are shared out among processes by FSDP, which accelerate config sets up",
+    "train_db": {**_FLOAT8_CANNOT_LEARN, "deepspeed": _SHARED_OUT_BY_FSDP},
+    "sdxl_train": {
+        "v2": "Stable Diffusion 2.x is trained with train_db.py",
+        **_FLOAT8_CANNOT_LEARN,
+        "deepspeed": _SHARED_OUT_BY_FSDP,
     },
 }
 IGNORED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
-    "sdxl_train_network": {"clip_skip": "SDXL always reads its text encoders at the last layer but one"},
+    "sdxl_train_network": {"clip_skip": _NO_CLIP_SKIP_OF_SDXL},
     "sd3_train_network": {
         "v2": "it is for Stable Diffusion 2.x",
         "v_parameterization": "SD3 always learns the velocity of a flow",
@@ -87,27 +115,24 @@ IGNORED_BY_SCRIPT: Mapping[str, Mapping[str, str]] = {
         "xformers": "SD3 always uses torch's scaled_dot_product_attention",
     },
     "train_db": {
-        **dict.fromkeys(
-            (
-                "network_module", "network_weights", "network_dim", "network_alpha", "network_dropout", "network_args",
-                "dim_from_weights", "scale_weight_norms",
-            ),
-            "the model itself is trained, with no network on top",
-        ),
+        **_WITHOUT_NETWORK,
         "network_train_unet_only": "--stop_text_encoder_training 0 leaves the text encoder as it is",
         "network_train_text_encoder_only": "--learning_rate 0 with a --learning_rate_te leaves the U-Net as it is",
-        "unet_lr": "the U-Net learns at --learning_rate",
         "text_encoder_lr": "the text encoder learns at --learning_rate_te",
         **dict.fromkeys(
             ("base_weights", "base_weights_multiplier"),
             "networks are merged into a model beforehand, by networks/merge_lora.py",
         ),
+    },
+    "sdxl_train": {
+        "clip_skip": _NO_CLIP_SKIP_OF_SDXL,
+        **_WITHOUT_NETWORK,
+        "network_train_unet_only": "the U-Net alone is trained unless --train_text_encoder is given",
+        "network_train_text_encoder_only": "--learning_rate 0 with rates for text encoders leaves the U-Net as it is",
+        "text_encoder_lr": "text encoders learn at --learning_rate_te1 and --learning_rate_te2",
         **dict.fromkeys(
-            (
-                "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device",
-                "offload_param_nvme_path", "zero3_save_16bit_model", "fp16_master_weights_and_gradients",
-            ),
-            "it is DeepSpeed's, which only networks are trained with",
+            ("base_weights", "base_weights_multiplier"),
+            "networks are merged into a model beforehand, by networks/sdxl_merge_lora.py",
         ),
     },
 }  # fmt: skip
@@ -136,6 +161,10 @@ OTHERWISE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "sdxl_train_network": _NETWORK_FILES,
     "sd3_train_network": _NETWORK_FILES,
     "train_db": _OF_WHOLE_MODELS,
+    "sdxl_train": {
+        **_OF_WHOLE_MODELS,
+        "log_tracker_name": {"default": "finetuning", "help": "Name of the project in the tracker."},
+    },
 }
 
 
@@ -152,18 +181,13 @@ def default_in(script: str, name: str) -> Any:
 # Keys that graphical front ends write into config files, though no script has such an option.
 FRONT_END_KEYS = frozenset({"epoch", "noise_offset_type"})
 
-_SDXL, _SD3, _SDXL_AND_SD3, _DB = (
-    ("sdxl_train_network",),
-    ("sd3_train_network",),
-    ("sdxl_train_network", "sd3_train_network"),
-    ("train_db",),
-)
+_SDXL, _SD3, _DB, _WHOLE_SDXL = ("sdxl_train_network",), ("sd3_train_network",), ("train_db",), ("sdxl_train",)
 
 # Options of the other scripts -> which scripts, and whether a value follows.
 OTHER_SCRIPTS: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "text_encoder_lr1": (_SDXL, True),
     "text_encoder_lr2": (_SDXL, True),
-    "disable_mmap_load_safetensors": (_SDXL_AND_SD3, False),
+    "disable_mmap_load_safetensors": ((*_SDXL, *_SD3, *_WHOLE_SDXL), False),
     "weighting_scheme": (_SD3, True),
     "logit_mean": (_SD3, True),
     "logit_std": (_SD3, True),
@@ -186,8 +210,12 @@ OTHER_SCRIPTS: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "enable_scaled_pos_embed": (_SD3, False),
     "training_shift": (_SD3, True),
     "mask_token_drop": (_SD3, True),
-    "use_safetensors": (_DB, False),
+    "use_safetensors": ((*_DB, *_WHOLE_SDXL), False),
     "learning_rate_te": (_DB, True),
     "no_token_padding": (_DB, False),
     "stop_text_encoder_training": (_DB, True),
+    "train_text_encoder": (_WHOLE_SDXL, False),
+    "learning_rate_te1": (_WHOLE_SDXL, True),
+    "learning_rate_te2": (_WHOLE_SDXL, True),
+    "block_lr": (_WHOLE_SDXL, True),
 }

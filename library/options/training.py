@@ -28,6 +28,7 @@ class TrainingOptions:
     stop_text_encoder_training: int | None = option(
         None, "Leave the text encoder as it is after N optimizer steps; 0 or less: from the start. Unset: never."
     )
+    train_text_encoder: bool = option(False, "Train the text encoders too, not the U-Net alone.")
     seed: int | None = option(
         None, "Seed of every random draw; unset: a random one, which is recorded.", bounds=Bounds(min=0, max=2**32 - 1)
     )

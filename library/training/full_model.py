@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError, OptionError
+from library.models import unet
 from library.models.family import Parts
 from library.models.whole_model import FOLDERS
 from library.models.writing import WholeFamily
@@ -81,8 +82,8 @@ class FullModel:
 
 def stop_of(options: Options) -> int | None:
     """Return the optimizer step after which text encoders stay as they are; 0: from the start; None: never."""
-    stop, rate = options.training.stop_text_encoder_training, options.optimizer.learning_rate_te
-    return 0 if rate == 0 else None if stop is None else max(0, stop)
+    stop, rates = options.training.stop_text_encoder_training, options.optimizer.text_encoder_rates
+    return 0 if not any(rate != 0 for rate in rates) else None if stop is None else max(0, stop)
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,15 @@ class Rates:
     """The learning rates."""
 
     denoiser: float
-    text_encoder: float | None  # None: as the denoiser's, in one group with it
+    text_encoders: tuple[float | None, ...]  # of each; None: as the denoiser's; 0: it stays as it is
     is_text_trained: bool
+    blocks: tuple[float, ...] | None = None  # of the denoiser's blocks in place of its own
 
     @staticmethod
     def of(options: Options, *, is_text_trained: bool) -> Rates:
         """Return the rates that the options ask for."""
         chosen = options.optimizer
-        return Rates(chosen.learning_rate, chosen.learning_rate_te, is_text_trained)
+        return Rates(chosen.learning_rate, chosen.text_encoder_rates, is_text_trained, chosen.block_rates)
 
 
 @dataclass(frozen=True)
@@ -163,16 +165,43 @@ class FullTrainee:
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The models that learn, for accelerate to prepare."""
-        return (self.parts.denoiser, *(self.parts.text_encoders if self.is_text_trained else ()))
+        return (self.parts.denoiser, *self._text_encoders().values())
+
+    def _text_encoders(self) -> dict[int, nn.Module]:
+        """Return the text encoders that learn, by their places among all."""
+        if not self.is_text_trained:
+            return {}
+        both = zip(self.parts.text_encoders, self.rates.text_encoders, strict=False)
+        return {index: encoder for index, (encoder, rate) in enumerate(both) if rate != 0}
 
     def parameter_groups(self) -> OptimizerGroups:
-        """Return one group, or with a rate for text encoders two."""
-        denoiser = list(self.parts.denoiser.parameters())
-        text = [weight for model in self.modules[1:] for weight in model.parameters()]
-        if self.rates.text_encoder is None or not text:
-            return OptimizerGroups([{"params": denoiser + text, "lr": self.rates.denoiser}], [DENOISER])
-        groups = [{"params": denoiser, "lr": self.rates.denoiser}, {"params": text, "lr": self.rates.text_encoder}]
-        return OptimizerGroups(groups, [DENOISER, TEXT_ENCODER])
+        """Return one group for what learns at the common rate, and one for each model or block with its own."""
+        common = [] if self.rates.blocks else list(self.parts.denoiser.parameters())
+        apart = self._blocks()
+        for index, encoder in self._text_encoders().items():
+            rate = self.rates.text_encoders[index]
+            name = f"{TEXT_ENCODER}{index + 1}" if len(self.parts.text_encoders) > 1 else TEXT_ENCODER
+            if rate is None and self.rates.blocks is None:
+                common += encoder.parameters()
+            else:
+                apart[name] = {
+                    "params": list(encoder.parameters()),
+                    "lr": self.rates.denoiser if rate is None else rate,
+                }
+        groups = {**({DENOISER: {"params": common, "lr": self.rates.denoiser}} if common else {}), **apart}
+        return OptimizerGroups(list(groups.values()), list(groups))
+
+    def _blocks(self) -> dict[str, dict[str, Any]]:
+        """Return a group for each block of the denoiser, by name, where blocks have rates."""
+        if self.rates.blocks is None:
+            return {}
+        groups: dict[str, dict[str, Any]] = {
+            f"{DENOISER}_block{index}": {"params": [], "lr": rate} for index, rate in enumerate(self.rates.blocks)
+        }
+        places = unet.block_indices(self.parts.denoiser)
+        for name, weight in self.parts.denoiser.named_parameters():
+            groups[f"{DENOISER}_block{places[name]}"]["params"].append(weight)
+        return groups
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the weights that gradient clipping looks at: those that learn now."""
@@ -245,9 +274,9 @@ class FullTrainee:
                 ) from error
 
     def _named(self) -> Iterator[tuple[str, nn.Module]]:
-        yield DENOISER, self.modules[0]
-        for index, model in enumerate(self.modules[1:], start=1):
-            yield f"{TEXT_ENCODER}{index}", model
+        yield DENOISER, self.parts.denoiser
+        for index, model in self._text_encoders().items():
+            yield f"{TEXT_ENCODER}{index + 1}", model
 
 
 @contextmanager

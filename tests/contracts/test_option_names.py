@@ -32,6 +32,8 @@ DECLARED = {name: each for name, each in ALL.items() if name not in OTHER_SCRIPT
 # Other spellings: the options themselves turn them into another option, which is the one that is read.
 FOLDED = {"use_8bit_adam", "use_lion_optimizer", "caption_extention", "text_encoder_lr1", "text_encoder_lr2"}
 FOLDED |= {"use_safetensors"}  # SavingOptions.model_form
+FOLDED |= {"train_text_encoder", "block_lr"}  # stop_text_encoder_training; OptimizerOptions.block_rates
+FOLDED |= {"learning_rate_te", "learning_rate_te1", "learning_rate_te2"}  # OptimizerOptions.text_encoder_rates
 
 
 def kind_of(option: Declared) -> tuple[str, str | None]:

@@ -23,7 +23,7 @@ def test_every_option_has_one_row():
 
 def test_an_option_of_certain_scripts_names_them():
     (row,) = (line for line in render().splitlines() if line.startswith("| `--disable_mmap_load_safetensors`"))
-    assert "Only sdxl_train_network and sd3_train_network." in row
+    assert "Only sdxl_train_network and sd3_train_network and sdxl_train." in row
 
 
 def test_what_a_script_cannot_carry_out_has_a_row():
