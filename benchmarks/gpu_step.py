@@ -1,10 +1,11 @@
 """Training steps of the true-size models on a GPU: images a second and memory, and what masks cost.
 
 Weights are random and made on the device, in the shapes of the real checkpoints; nothing is downloaded, and no model
-file is written. Each case is a run through the project's own loading, cache, network and loop: LoRA of rank 16 on the
-U-Net, bf16, latents in memory. Steps with and without masks take turns within a run, each from a loader of its own, so
-that a difference of a percent shows. Time is taken on the device, from one request for a batch to the next. Memory is
-the peak of what torch had given out since the models, the network and the optimizer were in place.
+file is read. Each case is a run through the project's own loading, cache, network and loop: LoRA of rank 16 on the
+U-Net, bf16, latents in memory; with --models sd15_full the U-Net and the text encoder themselves, float32, 8-bit Adam
+and fp16 autocast. Steps with and without masks take turns within a run, each from a loader of its own, so that a
+difference of a percent shows. Time is taken on the device, from one request for a batch to the next. Memory is the peak
+of what torch had given out since the models, the network and the optimizer were in place.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from library.models.checkpoint import SafetensorsFile
 from library.models.family import ModelFamily
 from library.options import read_training
 from library.training import loop
+from library.training.full_model import FullModel, FullTrainee
+from library.training.method import Method, NetworkMethod
 
 MAX_COST_OF_MASKS = 1.0  # percent
 WARM_UP = 4  # steps; the first of them compiles
@@ -61,6 +64,10 @@ class Model:
     keys: str  # its shapes, in tests/data/models
     side: int  # pixels
     words: tuple[str, ...] = ("--network_train_unet_only",)
+    method: type[Method] = NetworkMethod
+    autocast: str = "bf16"  # on a GPU
+    max_checkpointed_gb: float | None = None  # with batches of 1
+    is_default: bool = True
 
 
 MODELS = {
@@ -72,7 +79,20 @@ MODELS = {
         1024,
         ("--network_train_unet_only", "--cache_text_encoder_outputs"),
     ),
+    "sd15_full": Model(
+        "train_db",
+        "library.models.sd:Sd",
+        "base_keys_sd15.json.gz",
+        512,
+        ("--optimizer_type=AdamW8bit", "--save_precision=fp16"),
+        FullModel,
+        autocast="fp16",
+        max_checkpointed_gb=12,  # the card that the guide names
+        is_default=False,
+    ),
 }
+DEFAULTS = [name for name, model in MODELS.items() if model.is_default]
+NETWORK = ("--network_module=networks.lora", "--network_dim=16", "--network_alpha=16", "--learning_rate=1e-4")
 
 
 @dataclass(frozen=True)
@@ -125,6 +145,25 @@ class RandomFamily:
         if name.endswith("_identity"):  # nothing is kept beyond the run
             return lambda *_: "random"
         return self._with_random_files(found) if name.startswith("load") else found
+
+    # named here, as that is how a family is known whose whole models can be saved
+
+    @property
+    def folder_kind(self) -> Any:
+        """The family's."""
+        return self._family.folder_kind
+
+    def kept(self, *arguments: Any) -> Any:
+        """Return what is kept of the random file."""
+        return self._with_random_files(self._family.kept)(*arguments)
+
+    def whole_pieces(self, *arguments: Any) -> Any:
+        """Return the family's."""
+        return self._family.whole_pieces(*arguments)
+
+    def save_whole(self, *arguments: Any, **options: Any) -> None:
+        """Save as the family does."""
+        self._family.save_whole(*arguments, **options)
 
     def _with_random_files(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """Return load, for which every model file is the random one: its models are on the device already."""
@@ -184,10 +223,11 @@ def words_of(case: Case, model: Model, folder: Path, steps: int, *, is_masked: b
     dataset = folder / f"dataset_{is_masked}.toml"
     text = CONFIG.format(photos=f"{data}/photos", mask=mask, side=model.side, batch_size=case.batch_size)
     dataset.write_text(text, encoding="utf-8")
-    words = ["--network_module=networks.lora", "--network_dim=16", "--network_alpha=16", "--learning_rate=1e-4"]
+    words = list(NETWORK) if model.method is NetworkMethod else ["--learning_rate=1e-6", "--save_model_as=safetensors"]
     words += [f"--pretrained_model_name_or_path={BASE}", f"--dataset_config={dataset}", f"--max_train_steps={steps}"]
-    words += ["--cache_latents", "--mixed_precision=bf16", "--max_data_loader_n_workers=0", "--seed=1", *model.words]
-    words += [f"--output_dir={folder}", "--output_name=step"]
+    autocast = model.autocast if torch.cuda.is_available() else "bf16"  # fp16 is for GPUs
+    words += ["--cache_latents", f"--mixed_precision={autocast}", "--max_data_loader_n_workers=0", "--seed=1"]
+    words += [*model.words, f"--output_dir={folder}", "--output_name=step"]
     words += ["--masked_loss"] * is_masked + ["--gradient_checkpointing"] * case.is_checkpointed
     return words + ["--torch_compile"] * case.is_compiled
 
@@ -197,7 +237,10 @@ def make_run(words: Sequence[str], model: Model, shapes: Mapping[str, Sequence[i
     options = read_training(words, model.script).options
     module, _, name = model.place.partition(":")
     real: Any = getattr(importlib.import_module(module), name).from_options(options)
-    return build(options, cast("ModelFamily", RandomFamily(real, RandomTensors(shapes, device))))
+    run = build(options, cast("ModelFamily", RandomFamily(real, RandomTensors(shapes, device))), model.method)
+    if isinstance(run.trainee, FullTrainee) and run.trainee.output is not None:
+        run.trainee.output.vae.cpu()  # where a file's would be
+    return run
 
 
 def in_turn(masked: Iterable[Any], plain: Iterable[Any], clock: Clock) -> Iterator[Any]:
@@ -277,7 +320,9 @@ def figures_of(case: Case, found: Measured) -> list[Figure]:
         Figure(f"{case.label}: cost of masks", "%", (cost,), WARM_UP, at_most=MAX_COST_OF_MASKS),
     ]
     if found.peak_gb is not None:
-        figures.append(Figure(f"{case.label}: peak memory", "GB", (found.peak_gb,)))
+        is_bound = case.is_checkpointed and case.batch_size == 1
+        at_most = MODELS[case.model].max_checkpointed_gb if is_bound else None
+        figures.append(Figure(f"{case.label}: peak memory", "GB", (found.peak_gb,), at_most=at_most))
     if case.is_compiled:
         figures.append(Figure(f"{case.label}: first {WARM_UP} steps", "s", (found.warm_up_s,)))
         figures.append(Figure(f"{case.label}: graphs compiled later", "", (found.num_late_graphs,), at_most=1))
@@ -298,7 +343,7 @@ def cases_of(models: Sequence[str], batch_sizes: Sequence[int]) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for."""
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=DEFAULTS, help=f"default: {' '.join(DEFAULTS)}")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--pairs", type=int, default=10, help="steps with and without masks that count (default 10)")
     parser.add_argument("--side", type=int, help="of the pictures, in pixels; default: the model's own")

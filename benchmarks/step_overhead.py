@@ -33,6 +33,7 @@ from library.options import Options, read_training
 from library.training import assembly, loading, loop
 from library.training import data as training_data
 from library.training import run as training_run
+from library.training.method import Method, NetworkMethod
 from library.training.trackers import Trackers
 
 BATCH_SIZE = 4
@@ -124,9 +125,9 @@ def make_run(model: Path, folder: Path, *, is_masked: bool, to_disk: bool, steps
     return build(options, Sd.from_options(options))
 
 
-def build(options: Options, family: ModelFamily) -> loop.Run:
+def build(options: Options, family: ModelFamily, method: type[Method] = NetworkMethod) -> loop.Run:
     """Return the run that the options describe, as an entry script makes it."""
-    checked = training_run.check(options, family)
+    checked = training_run.check(options, family, method)
     accelerator = training_run.make_accelerator(options, checked, family)
     epochs = training_data.make_plan(checked.data, options, 1, 1)
     told = Trackers(accelerator, checked.tracker_names)

@@ -1,11 +1,13 @@
 """Training at true size: random weights in the shapes of the real checkpoint, at 64 pixels on the CPU.
 
 Stable Diffusion 1.5 in float32, or a float16 file trained in bfloat16: SDXL with --family sdxl, and with --family sd35m
-SD3.5 medium, T5-XXL and all else in one file.
+SD3.5 medium, T5-XXL and all else in one file. They train a LoRA; --family sd15_full, sd15_full_fused and sd15_full_bf16
+train all of Stable Diffusion 1.5's U-Net and text encoder.
 
 The documented command runs twice in processes of their own: for one step, which gives the time from the command to the
 first step; then for more, which gives the time of a step. Peak memory is the process's resident set, the pages of the
-mapped checkpoint counted. The saved file's keys are compared with those that sd-scripts saves.
+mapped checkpoint counted. The saved file's keys are compared with those that sd-scripts saves; a saved model must have
+those of the model that it began as.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -69,17 +71,43 @@ class Family:
     script: str
     place: tuple[str, str]  # module and class of the family
     keys: str  # in the names of the tables of the tests
-    variant: str  # of the keys of a network: what is adapted
+    variant: str | None  # of the keys of a network: what is adapted; None: the models themselves are trained
     file_format: str  # of the numbers in the checkpoint
     loaded_format: str  # torch's name for that in memory
     module: str = "networks.lora"
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()  # beside those of every family
     max_first_step_s: float | None = None
     max_step_s: float | None = None
     max_peak_gb: float | None = None
     max_loading: float | None = None  # times reading the file
 
+    @property
+    def saved_keys(self) -> frozenset[str]:
+        """The names of the tensors that sd-scripts saves."""
+        if self.variant is None:
+            return frozenset(read(MODELS / f"base_keys_{self.keys}.json.gz")["required"])
+        return frozenset(read(NETWORKS / f"lora_keys_{self.keys}.json.gz")["variants"][self.variant])
 
+    @property
+    def method_words(self) -> tuple[str, ...]:
+        """What a command says of how it trains."""
+        if self.variant is None:
+            return (*self.words, "--learning_rate=1e-6", "--gradient_checkpointing")
+        network = (f"--network_module={self.module}", "--network_dim=16", "--network_alpha=8")
+        return (*self.words, *network, "--learning_rate=1e-4")
+
+
+SD15_FULL = Family(
+    "train_db.py",
+    ("library.models.sd", "Sd"),
+    "sd15",
+    None,
+    "F32",
+    "float32",
+    words=("--optimizer_type=AdamW8bit",),
+    max_peak_gb=12,
+)
+ADAFACTOR = ("scale_parameter=False", "relative_step=False", "warmup_init=False")
 FAMILIES = {
     "sd15": Family(
         "train_network.py",
@@ -114,6 +142,17 @@ FAMILIES = {
         words=("--mixed_precision=bf16", "--cache_text_encoder_outputs", "--network_train_unet_only"),
         max_peak_gb=24 * 1.024**3,
     ),
+    "sd15_full": SD15_FULL,
+    "sd15_full_fused": replace(
+        SD15_FULL,
+        words=("--optimizer_type=Adafactor", "--optimizer_args", *ADAFACTOR, "--fused_backward_pass"),
+        max_peak_gb=7,
+    ),
+    "sd15_full_bf16": replace(
+        SD15_FULL,
+        words=("--optimizer_type=AdamW8bit", "--full_bf16", "--mixed_precision=bf16"),
+        max_peak_gb=8,
+    ),
 }
 
 
@@ -122,7 +161,7 @@ class Measured:
     """A run."""
 
     first_step_s: float  # from the command
-    step_s: tuple[float, ...]  # the mean of each epoch after the first
+    step_s: tuple[float, ...]  # the mean of each epoch after the first; of a run of one epoch, each between two others
     peak_gb: float
     keys: frozenset[str]  # of the saved file
 
@@ -175,10 +214,6 @@ def train(family: Family, model: Path, dataset: Path, output: Path, num_steps: i
     options = {
         "pretrained_model_name_or_path": model,
         "dataset_config": dataset,
-        "network_module": family.module,
-        "network_dim": 16,
-        "network_alpha": 8,
-        "learning_rate": 1e-4,
         "max_train_steps": num_steps,
         "max_data_loader_n_workers": 0,
         "seed": 1,
@@ -188,7 +223,7 @@ def train(family: Family, model: Path, dataset: Path, output: Path, num_steps: i
         "output_name": "true-size",
     }
     words = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, family.script, *words, *family.words, "--masked_loss", "--cache_latents"]
+    command = [sys.executable, family.script, *words, *family.method_words, "--masked_loss", "--cache_latents"]
     start = time.time()
     with (output / "output.txt").open("w", encoding="utf-8") as text:
         process = subprocess.Popen(command, cwd=ROOT, stdout=text, stderr=subprocess.STDOUT)
@@ -196,12 +231,18 @@ def train(family: Family, model: Path, dataset: Path, output: Path, num_steps: i
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, (output / "output.txt").read_text(encoding="utf-8")
     times = list(step_times(output / "log"))
-    # The loss of a step is logged while the next one runs; that of the last one of an epoch at once.
-    ends = times[NUM_IMAGES - 1 :: NUM_IMAGES]
-    seconds = tuple((after - before) / NUM_IMAGES for before, after in pairwise(ends))
-    return Measured(
-        times[0] - start, seconds, usage.ru_maxrss * 1024 / 1e9, saved_keys(output / "true-size.safetensors")
-    )
+    saved = saved_keys(output / "true-size.safetensors")
+    return Measured(times[0] - start, tuple(seconds_between(times)), usage.ru_maxrss * 1024 / 1e9, saved)
+
+
+def seconds_between(times: Sequence[float]) -> Iterator[float]:
+    """Yield the seconds of a step: the mean of each epoch after the first; of one epoch, those that tell.
+
+    The loss of a step is logged while the next one runs; that of the last one of an epoch at once.
+    """
+    ends, count = (times[NUM_IMAGES - 1 :: NUM_IMAGES], NUM_IMAGES) if len(times) > NUM_IMAGES else (times[:-1], 1)
+    for before, after in pairwise(ends):
+        yield (after - before) / count
 
 
 def step_times(folder: Path) -> Iterator[float]:
@@ -258,18 +299,19 @@ def measure_loading(family: Family, model: Path, runs: int) -> list[Figure]:
     ]
 
 
-def measure(family: Family, model: Path, folder: Path, num_epochs: int, runs: int) -> list[Figure]:
-    """Return the figures of so many pairs of runs."""
+def measure(family: Family, model: Path, folder: Path, num_steps: int, runs: int) -> list[Figure]:
+    """Return the figures of so many pairs of runs, the longer of so many steps; 0: there is none."""
     dataset = folder / "dataset.toml"
     dataset.write_text(DATASET, encoding="utf-8")
     firsts, peaks, steps = [], [], []
     for number in range(runs):
-        for name, count in (("first", 1), ("more", num_epochs * NUM_IMAGES))[: 1 + (num_epochs > 0)]:
+        for name, count in (("first", 1), ("more", num_steps))[: 1 + (num_steps > 0)]:
             output = folder / f"{name}{number}"
             output.mkdir()
             found = train(family, model, dataset, output, count)
-            expected = frozenset(read(NETWORKS / f"lora_keys_{family.keys}.json.gz")["variants"][family.variant])
-            assert found.keys == expected, f"{len(found.keys ^ expected)} keys differ from those of sd-scripts"
+            differing = found.keys ^ family.saved_keys
+            assert not differing, f"{len(differing)} keys differ from those of sd-scripts"
+            (output / "true-size.safetensors").unlink()  # a whole model is large
             peaks.append(found.peak_gb)
             if count == 1:
                 firsts.append(found.first_step_s)
@@ -285,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for."""
     parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=4, help="of the longer run (default 4; 0: there is none)")
+    parser.add_argument("--steps", type=int, help="of the longer run, fewer than an epoch: where each takes long")
     parser.add_argument("--runs", type=int, default=3, help="pairs of runs (default 3)")
     parser.add_argument("--family", choices=FAMILIES, default="sd15")
     parser.add_argument("--without_loading", action="store_true", help="only train: all models are never there at once")
@@ -292,13 +335,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.runs, arguments.epochs = 1, 0
+    num_steps = arguments.steps or arguments.epochs * NUM_IMAGES
     load_before = load()
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or Path(folder) / "model.safetensors"
         family = FAMILIES[arguments.family]
         make_model(model, shapes_of(family), family.file_format)
         figures = [] if arguments.without_loading else measure_loading(family, model, arguments.runs)
-        figures += measure(family, model, Path(folder), arguments.epochs, arguments.runs)
+        figures += measure(family, model, Path(folder), num_steps, arguments.runs)
     conclude(arguments, figures, load_before)
 
 

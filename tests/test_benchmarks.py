@@ -77,12 +77,19 @@ def test_the_benchmark_of_true_size_trains_and_finds_the_keys_of_the_reference(c
     assert {"peak memory of loading", "command to the end of step 1", "peak memory"} <= set(found)
 
 
+def test_the_benchmark_of_true_size_trains_the_models_themselves_and_times_single_steps(capsys):
+    options = ("--family", "sd15_full_fused", "--without_loading", "--steps", 3, "--model", tiny_models.tiny_sd15())
+    found = run("true_size", capsys, *options)
+    assert found["a step"][4] == "1", "of three steps, from the end of the first to that of the second"
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 @pytest.mark.parametrize(
     ("model", "make"),
     [
         pytest.param("sd15", tiny_models.tiny_sd15, marks=pytest.mark.slow),
         ("sdxl", tiny_models.tiny_sdxl),
+        pytest.param("sd15_full", tiny_models.tiny_sd15, marks=pytest.mark.slow),
     ],
 )
 def test_the_benchmark_of_a_gpu_runs_where_there_is_none(capsys, model, make):
