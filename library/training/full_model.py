@@ -175,7 +175,10 @@ class FullTrainee:
         return {index: encoder for index, (encoder, rate) in enumerate(both) if rate != 0}
 
     def parameter_groups(self) -> OptimizerGroups:
-        """Return one group for what learns at the common rate, and one for each model or block with its own."""
+        """Return one group for what learns at the common rate, and one for each model or block with its own.
+
+        Weights whose rate is 0 are in no group, and stop requiring gradients, so that clipping does not count them.
+        """
         common = [] if self.rates.blocks else list(self.parts.denoiser.parameters())
         apart = self._blocks()
         for index, encoder in self._text_encoders().items():
@@ -189,6 +192,9 @@ class FullTrainee:
                     "lr": self.rates.denoiser if rate is None else rate,
                 }
         groups = {**({DENOISER: {"params": common, "lr": self.rates.denoiser}} if common else {}), **apart}
+        for name in [name for name, group in groups.items() if group["lr"] == 0]:
+            for weight in groups.pop(name)["params"]:
+                weight.requires_grad_(False)
         return OptimizerGroups(list(groups.values()), list(groups))
 
     def _blocks(self) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from end_to_end.training_runs import (
     Pictures,
     Trained,
     differing,
+    events_of,
     subset,
     tensors_of,
     write_toml,
@@ -70,6 +71,12 @@ def source(family: Family = SD15) -> dict[str, torch.Tensor]:
 
 
 # ---- what learns --------------------------------------------------------------------------------------------------
+def test_the_text_encoder_alone_may_learn(full: Full, config: Path) -> None:
+    run = full(config, "--learning_rate", 0, "--learning_rate_te", "1e-4")
+    assert changed(source(), run.tensors) == {TEXT}
+    assert "lr/unet" not in events_of(run.folder / "logs").Tags()["scalars"]
+
+
 def test_captions_encoded_before_training_are_saved_with_the_encoder_as_it_was(full: Full, config: Path) -> None:
     given = ("--stop_text_encoder_training", 0)
     plain = full(config, *given, name="plain")
