@@ -12,6 +12,11 @@ from end_to_end.training_runs import Trained, differing, environment, subset, te
 STEPS = 4
 STATES = ("--max_train_steps", STEPS, "--save_every_n_steps", 1, "--save_state")
 
+BF16 = ("--mixed_precision", "bf16", "--full_bf16")
+EMA = ("--ema_decay", 0.999, "--save_ema")
+FUSED = ("--optimizer_type", "Adafactor", "--fused_backward_pass", "--max_grad_norm", 0)
+EVERYTHING = (*BF16, *EMA, *FUSED, "--stop_text_encoder_training", 2)
+
 
 @pytest.fixture
 def config(pictures, tmp_path) -> Path:
@@ -39,11 +44,10 @@ def moved(one: dict, other: dict, prefix: str) -> bool:
 @pytest.mark.parametrize(
     "more",
     [
-        ("--ema_decay", 0.999, "--save_ema"),
-        ("--mixed_precision", "bf16", "--full_bf16"),
+        EMA,
+        BF16,
         pytest.param(
-            ("--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "Adafactor", "--fused_backward_pass")
-            + ("--max_grad_norm", 0, "--ema_decay", 0.999, "--save_ema", "--stop_text_encoder_training", 2),
+            EVERYTHING,
             marks=pytest.mark.slow,
         ),
     ],
