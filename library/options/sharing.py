@@ -25,6 +25,12 @@ def check_deepspeed(options: Options) -> None:
     if not deepspeed.deepspeed:
         return
     check_sharing(options, "--deepspeed")
+    for name in ("save_state", "save_state_on_train_end", "resume"):
+        if getattr(options.saving, name):
+            raise OptionError(
+                f"--{name} does not go with --deepspeed: no process has the optimizer's whole state. Leave it out; "
+                "--network_weights, or --pretrained_model_name_or_path for a whole model, goes on from a saved file."
+            )
     if deepspeed.zero_stage > 0 and ("schedulefree" in optimizer.lower() or optimizer.lower() in NEED_MATRICES):
         raise OptionError(
             f"--optimizer_type {optimizer} needs whole weights, and --zero_stage {deepspeed.zero_stage} gives it flat "
@@ -59,13 +65,7 @@ def check_sharing(options: Options, way: str) -> None:
 
     Raises: OptionError.
     """
-    saving, optimizer = options.saving, (options.optimizer.optimizer_type or "AdamW").lower()
-    for name in ("save_state", "save_state_on_train_end", "resume"):
-        if getattr(saving, name):
-            raise OptionError(
-                f"--{name} does not go with {way}: no process has the optimizer's whole state. Leave it out; "
-                "--network_weights, or --pretrained_model_name_or_path for a whole model, goes on from a saved file."
-            )
+    optimizer = (options.optimizer.optimizer_type or "AdamW").lower()
     for name in ("fused_backward_pass", "fused_optimizer_groups"):
         if getattr(options.optimizer, name):
             raise OptionError(f"--{name} does not go with {way}, which steps in its own way. Leave it out.")

@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from library.dataset.plan import RunPlan, validation_batches
 from library.errors import CheckpointError
-from library.training import changes, distribution, ema, file_metadata, fused, optimizers, rounding, schedules, state
+from library.training import (
+    changes,
+    distribution,
+    ema,
+    file_metadata,
+    fused,
+    optimizers,
+    rounding,
+    schedules,
+    shards,
+    state,
+)
 from library.training import data as training_data
 from library.training.data import Data, Stores
 from library.training.ema import Average
@@ -67,17 +78,18 @@ class Live:
     """What changes from step to step, and so makes up the state of a run."""
 
     trainee: Trainee
+    step: nn.Module  # as prepared
     optimizer: Any
     scheduler: Any
     scaler: Any  # None without fp16
     history: LossHistory
     average: Average | None = None
 
-    def contents(self) -> Contents:
-        """Return it for writing."""
+    def contents(self, *, is_wanted: bool = True) -> Contents:
+        """Return it for writing, where weights are whole; is_wanted: by this process, not by others alone."""
         return Contents(
             weights=self.trainee.weights(),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=shards.whole_state(self.optimizer.state_dict(), is_wanted=is_wanted),
             scheduler=self.scheduler.state_dict(),
             scaler=None if self.scaler is None else self.scaler.state_dict(),
             history=self.history.as_plain(),
@@ -88,11 +100,12 @@ class Live:
     def restore(self, resumed: Resumed) -> None:
         """Take the state of an earlier run. Raises: CheckpointError if it does not fit this one."""
         contents = state.read(resumed)
-        self.trainee.load_weights(contents.weights, f"--resume {resumed.folder}")
+        with shards.whole_weights(self.step, is_kept=True):
+            self.trainee.load_weights(contents.weights, f"--resume {resumed.folder}")
         if self.average is not None:
             self.average.restore(contents.average, f"--resume {resumed.folder}")
         try:
-            optimizers.load_state(self.optimizer, contents.optimizer)
+            optimizers.load_state(self.optimizer, shards.shared_state(self.optimizer, contents.optimizer))
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"--resume {resumed.folder}: the optimizer's state does not fit ({error}). "
@@ -143,6 +156,7 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
             trained.modules,
             is_text_trained=trained.is_text_trained,
             untrained=trained.untrained,
+            is_text_frozen=lambda: trained.is_text_frozen,
         ),
         optimizer,
         setting.checked.precision.autocast,
@@ -151,7 +165,7 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
     scheduler = schedules.create(options.schedule, optimizer, setting.max_train_steps)
     history = LossHistory(plan.steps_per_epoch)
     average = make_average(setting, trained)
-    live = Live(trained, prepared, scheduler, accelerator.scaler, history, average)
+    live = Live(trained, step, prepared, scheduler, accelerator.scaler, history, average)
     if setting.checked.resumed is not None:
         live.restore(setting.checked.resumed)
     metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
@@ -238,7 +252,9 @@ def make_savers(setting: Setting, live: Live, metadata: FileMetadata) -> tuple[S
         ema.companion(live.average, live.trainee.save, save_dtype(options.saving.save_precision)),
         suffix=setting.checked.method.saved_suffix(options),
     )
-    return saver, StateSaver(options.saving, saver, state_writer(setting, live), is_main_process, publish_state)
+    is_shared_out = distribution.is_shared_out(setting.accelerator)
+    write = state_writer(setting, live)
+    return saver, StateSaver(options.saving, saver, write, is_main_process, publish_state, is_shared_out=is_shared_out)
 
 
 def rounding_seed(setting: Setting) -> int | None:
@@ -273,15 +289,22 @@ def make_average(setting: Setting, trained: Trainee) -> Average | None:
 
 
 def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], None]:
-    """Return what writes the state of the run to a folder, after a step (1-based) in an epoch (1-based)."""
+    """Return what writes the state of the run to a folder, after a step (1-based) in an epoch (1-based).
+
+    Where processes share the state out, all of them put it together, and the first one writes.
+    """
     data = setting.checked.data
     is_wanted = setting.options.saving.save_state or setting.options.saving.save_state_on_train_end
     dataset = changes.fingerprint(data.configs, data.samples) if is_wanted else ""  # asks for the size of every file
     options = changes.deciding_values(setting.options, setting.accelerator.num_processes)
+    is_main_process = setting.accelerator.is_main_process
 
     def write(folder: Path, step: int, epoch: int) -> None:
         manifest = Manifest(step, epoch, setting.plan.seed, options, dataset, len(data.samples))
-        state.write(folder, manifest, live.contents())
+        with shards.whole_weights(live.step):
+            contents = live.contents(is_wanted=is_main_process)
+            if is_main_process:
+                state.write(folder, manifest, contents)
 
     return write
 

@@ -21,7 +21,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from library.errors import OptionError
 from library.options.sharing import check_sharing
@@ -206,10 +205,25 @@ def prepare(
         optimizer: of its weights.
         autocast_dtype: what most of the arithmetic is done in; None: float32 throughout.
     """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        step._no_split_modules = blocks_of(step)  # type: ignore[assignment]  # accelerate asks a model for them
     if is_deepspeed(accelerator) and autocast_dtype is not None:
         # accelerate leaves that to DeepSpeed, which casts the weights of the step but not what is computed with them
         step.forward = torch.autocast(accelerator.device.type, autocast_dtype)(step.forward)
-    return accelerator.prepare(step, optimizer)
+    prepared = accelerator.prepare(step, optimizer)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        blocks = sum(isinstance(module, FSDPModule) for module in step.modules()) - 1  # without the step itself
+        log.info("FSDP gathers %d blocks one at a time, and the rest at once", blocks)
+    return prepared
+
+
+def blocks_of(step: nn.Module) -> list[str]:
+    """Return the names of classes whose modules FSDP may gather one at a time, instead of all weights at once.
+
+    The models name them; networks, which are small, name none.
+    """
+    names = {name for module in step.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return sorted(names & {type(module).__name__ for module in step.modules()})
 
 
 def innermost(optimizer: Any) -> Any:
@@ -236,36 +250,3 @@ def gradients_of(accelerator: Accelerator, step: nn.Module, *, is_update: bool) 
 def backward(accelerator: Accelerator, loss: Tensor) -> None:
     """Add the gradient of a loss () that is divided by the accumulation steps already."""
     accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed(accelerator) else {}))
-
-
-@contextmanager
-def whole_weights(step: nn.Module) -> Iterator[None]:
-    """Return a context in which every process has all trained weights whole, for saving, previews and validation.
-
-    All processes enter it together, and none trains inside. What is changed inside is lost. Costs nothing where each
-    process has them whole anyway.
-
-    Args:
-        step: as prepared.
-    """
-    if any(hasattr(weight, "ds_id") for weight in step.parameters()):  # ZeRO stage 3
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(step.parameters())):
-            yield
-        return
-    if isinstance(step, FSDPModule):
-        step.reshard()  # a forward pass without a backward pass leaves them gathered in FSDP's own way
-    parts: list[tuple[nn.Module, str, Any]] = [
-        (module, name, weight)
-        for module in step.modules()
-        for name, weight in module.named_parameters(recurse=False)
-        if isinstance(weight, DTensor)
-    ]
-    for module, name, weight in parts:
-        module.register_parameter(name, nn.Parameter(weight.detach().full_tensor(), weight.requires_grad))
-    try:
-        yield
-    finally:
-        for module, name, weight in parts:
-            module.register_parameter(name, weight)

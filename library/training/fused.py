@@ -125,7 +125,8 @@ def step_in_backward(optimizer: Optimizer, max_grad_norm: float) -> None:
         max_grad_norm: to this norm each weight's gradient is clipped on its own; 0: no clipping.
     """
     for index, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
+        learning = (parameter for parameter in group["params"] if parameter.requires_grad)
+        for parameter in learning:  # not those that have stopped, of a run that is resumed after that
             parameter.register_post_accumulate_grad_hook(_Step(optimizer, index, max_grad_norm))
 
 

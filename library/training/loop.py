@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.errors import DataError
 from library.progress import progress
-from library.training import distribution, draws, interrupts, optimizers, schedules
+from library.training import distribution, draws, interrupts, optimizers, schedules, shards
 from library.training.metrics import LossHistory, LossReader, LossRecord, StepLosses, ValidationRecord
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def evaluating(run: Run) -> Iterator[None]:
     run.trainee.eval()
     optimizers.eval_mode(run.optimizer)
     try:
-        with distribution.whole_weights(run.step):
+        with shards.whole_weights(run.step):
             yield
     finally:
         optimizers.train_mode(run.optimizer)

@@ -31,6 +31,8 @@ class StateSaver:
         write: Write,
         is_main_process: bool,
         publish: Callable[[Path], None] | None = None,
+        *,
+        is_shared_out: bool = False,
     ) -> None:
         """Keep what is needed to save.
 
@@ -40,15 +42,18 @@ class StateSaver:
             write: writes the state of the run, as it is, to a folder.
             is_main_process: the others write nothing.
             publish: is told of each state that was saved; None: nobody is.
+            is_shared_out: whether all processes are needed to put the state together.
         """
-        self.is_periodic = options.save_state and is_main_process
-        self.is_at_end = (options.save_state or options.save_state_on_train_end) and is_main_process
+        is_needed = is_main_process or is_shared_out
+        self.is_periodic = options.save_state and is_needed
+        self.is_at_end = (options.save_state or options.save_state_on_train_end) and is_needed
         self.keep_epochs = options.save_last_n_epochs_state or options.save_last_n_epochs
         self.keep_steps = options.save_last_n_steps_state or options.save_last_n_steps
         self._saver = saver
         self._write = write
         self._publish = publish
-        if self.is_at_end:
+        self._is_main_process = is_main_process
+        if self.is_at_end and is_main_process:
             saver.remove_abandoned(STATE)
 
     def save_epoch(self, step: int, epoch: int) -> None:
@@ -80,13 +85,15 @@ class StateSaver:
     def _save(self, file: Path, step: int, epoch: int) -> None:
         folder = state_folder(file, self._saver.suffix)
         self._write(folder, step, epoch)
+        if not self._is_main_process:
+            return
         log.info("saved the state of step %d: %s", step, folder)
         if self._publish is not None:
             self._publish(folder)
 
     def _remove(self, file: Path) -> None:
         folder = state_folder(file, self._saver.suffix)
-        if (folder / state.MANIFEST).is_file():
+        if self._is_main_process and (folder / state.MANIFEST).is_file():
             remove_folder(folder)
             log.info("removed %s (only the last ones are kept)", folder)
 

@@ -35,6 +35,7 @@ class Step(nn.Module):
         *,
         is_text_trained: bool,
         untrained: Callable[[], AbstractContextManager[None]] | None = None,
+        is_text_frozen: Callable[[], bool] | None = None,
     ) -> None:
         super().__init__()
         self.trained = nn.ModuleList(trained)
@@ -43,6 +44,7 @@ class Step(nn.Module):
         self.objective = objective
         self.element_loss = element_loss
         self.is_text_trained = is_text_trained
+        self.is_text_frozen = is_text_frozen  # whether text encoders have learnt all they are to learn
         self.untrained = untrained  # a context in which the models predict as before the training
 
     @property
@@ -59,7 +61,8 @@ class Step(nn.Module):
         Returns: (B,) float32, weighted by mask, prior loss weight and signal-to-noise ratio.
         """
         noised, batch = self._drawn(self.family.latent_space.normalise(latents), batch)
-        with nullcontext() if self.is_text_trained else torch.no_grad():
+        is_frozen = not self.is_text_trained or (self.is_text_frozen is not None and self.is_text_frozen())
+        with torch.no_grad() if is_frozen else nullcontext():  # FSDP asks for gradients of whatever once had them
             text = self.encode_text(batch)
         return self.losses_of(batch, noised, text)
 

@@ -29,6 +29,11 @@ class Trainee(Protocol):
     is_text_trained: bool
 
     @property
+    def is_text_frozen(self) -> bool:
+        """Whether text encoders have learnt all they are to learn."""
+        ...
+
+    @property
     def modules(self) -> tuple[nn.Module, ...]:
         """What accelerate prepares."""
         ...
@@ -90,6 +95,11 @@ class NetworkTrainee:
     save_dtype: torch.dtype | None
     device: torch.device
     _trained: list[nn.Parameter] | None = field(default=None, init=False, repr=False)  # found at the first step
+
+    @property
+    def is_text_frozen(self) -> bool:
+        """False: text encoders' networks learn until the end, or not at all."""
+        return False
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

@@ -117,14 +117,6 @@ def test_the_innermost_optimizer_is_found_through_wrappers():
     assert distribution.innermost(own) is own
 
 
-def test_whole_weights_leave_a_plain_module_alone():
-    module = nn.Linear(2, 2)
-    weight = module.weight
-    with distribution.whole_weights(module):
-        assert module.weight is weight
-    assert module.weight is weight
-
-
 def test_held_back_images_are_refused_only_with_stage_3():
     distribution.check_validation(DeepSpeedOptions(deepspeed=True, zero_stage=2), 5)
     distribution.check_validation(DeepSpeedOptions(deepspeed=True, zero_stage=3), 0)

@@ -1,0 +1,124 @@
+"""Full fine-tuning with several processes: as one would with the larger batch, also where weights are shared out."""
+
+import re
+from pathlib import Path
+
+import pytest
+from end_to_end import test_sharing
+from end_to_end.test_several_processes import uneven
+from end_to_end.test_sharing import FSDP
+from end_to_end.train_db_runs import DB, TEXT, UNET, db_arguments, train_db
+from end_to_end.training_runs import differing, events_of, launch, subset, tensors_of, write_toml
+
+STEPS = ("--max_train_steps", 4, "--optimizer_type", "SGD", "--learning_rate", 0.1, "--save_every_n_steps", 1)
+STOP = ("--stop_text_encoder_training", 2)
+SHIFT = 1e-3  # of the largest change of a weight: sums in another order
+
+
+@pytest.fixture
+def config(pictures, tmp_path) -> Path:
+    """Write a config of four masked images."""
+    return write_toml(
+        tmp_path / "d.toml",
+        subset(pictures.photos, conditioning_data_dir=pictures.photo_masks),
+        subset(pictures.cutouts, alpha_mask=True),
+    )
+
+
+def shared(folder: Path, config: Path, *more: object, variables: dict[str, str] = FSDP) -> str:
+    """Train with two processes that share out what is trained; return what they said."""
+    done = test_sharing.launch(DB, db_arguments(folder, config, *more), folder, variables)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def files_of(folder: Path) -> dict[str, dict]:
+    return {path.name: tensors_of(path) for path in sorted((folder / "out").glob("*.safetensors"))}
+
+
+def check_alike(one: dict, other: dict, start: dict) -> None:
+    """Compare two models trained from one start: equal but for rounding, where the training has moved them."""
+    assert one.keys() == other.keys()
+    moved = max(float((one[name].float() - start[name].float()).abs().max()) for name in one if name.startswith(UNET))
+    apart = max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+    assert moved > 0
+    assert apart < SHIFT * moved, (apart, moved)
+
+
+def curve(folder: Path) -> list[float]:
+    return [event.value for event in events_of(folder / "logs").Scalars("loss/current")]
+
+
+@pytest.mark.parametrize(
+    "more", [STOP, pytest.param(("--gradient_accumulation_steps", 2, "--clip_skip", 2), marks=pytest.mark.slow)]
+)
+def test_two_processes_train_as_one_with_twice_the_batch(more, pictures, tmp_path):
+    """Text encoders that stop leave fewer weights to exchange gradients of."""
+    steps = (
+        "--max_train_epochs",
+        2,
+        "--prior_loss_weight",
+        0.5,
+        "--optimizer_type",
+        "SGD",
+        "--learning_rate",
+        0.1,
+        *more,
+    )
+    steps += ("--save_every_n_steps", 2)
+    two, one = tmp_path / "two", tmp_path / "one"
+    messages = launch(DB, 2, db_arguments(two, uneven(pictures, tmp_path, 2), *steps), two)
+    assert "2 process(es)" in messages
+    assert messages.count("saved ") == len(files_of(two)), "one of them writes"
+    run = train_db(one, uneven(pictures, tmp_path, 4), *steps)
+    start = tensors_of(DB.checkpoint())
+    check_alike(files_of(one)["lora.safetensors"], files_of(two)["lora.safetensors"], start)
+    assert curve(two) == pytest.approx(run.losses, rel=1e-5)
+    at_stop, at_end = (files_of(two)[name] for name in ("lora-step00000002.safetensors", "lora.safetensors"))
+    assert any(name.startswith(TEXT) for name in differing(start, at_stop))
+    assert any(name.startswith(TEXT) for name in differing(at_stop, at_end)) == (more != STOP)
+
+
+@pytest.mark.slow
+def test_weights_that_are_shared_out_are_saved_whole_and_as_without_it(config, tmp_path):
+    """Each step's files, with validation and pictures between, and text encoders that stop."""
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    between = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 2, "--validation_split", 0.3)
+    between += ("--validate_every_n_steps", 2)
+    launch(DB, 2, db_arguments(tmp_path / "plain", config, *STEPS, *STOP, *between), tmp_path / "plain")
+    said = shared(tmp_path / "shared", config, *STEPS, *STOP, *between)
+    plain, other = files_of(tmp_path / "plain"), files_of(tmp_path / "shared")
+    assert len(plain) == 4
+    start = tensors_of(DB.checkpoint())
+    for name in plain:
+        check_alike(plain[name], other[name], start)
+    assert not [
+        name
+        for name in differing(other["lora-step00000002.safetensors"], other["lora.safetensors"])
+        if name.startswith(TEXT)
+    ]
+    assert curve(tmp_path / "shared") == pytest.approx(curve(tmp_path / "plain"), rel=1e-4)
+    blocks = re.search(r"FSDP gathers (\d+) blocks one at a time", said)
+    assert blocks, said[-2000:]
+    assert int(blocks.group(1)) > 12, "layers of the text encoder and blocks of the U-Net"
+    assert len(list((tmp_path / "shared" / "out" / "sample").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer",
+    [("AdamW",), ("Adafactor",)],
+    ids=lambda each: each[0],
+)
+def test_a_run_that_shares_weights_out_goes_on_from_its_state(optimizer, config, tmp_path):
+    """And the state is that of any run: one process can go on from it."""
+    steps = ("--max_train_steps", 3, "--optimizer_type", *optimizer, "--save_every_n_steps", 1)
+    shared(tmp_path / "whole", config, *steps, "--save_state")
+    state = tmp_path / "whole" / "out" / "lora-step00000002-state"
+    shared(tmp_path / "resumed", config, *steps, "--resume", state)
+    whole, resumed = files_of(tmp_path / "whole"), files_of(tmp_path / "resumed")
+    assert not differing(whole["lora.safetensors"], resumed["lora.safetensors"])
+    assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")[2:]
+    launch(DB, 2, db_arguments(tmp_path / "plain", config, *steps, "--resume", state), tmp_path / "plain")
+    plain = files_of(tmp_path / "plain")["lora.safetensors"]
+    check_alike(plain, whole["lora.safetensors"], tensors_of(DB.checkpoint()))
