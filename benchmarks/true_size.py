@@ -146,7 +146,7 @@ FAMILIES = {
     "sd15_full_fused": replace(
         SD15_FULL,
         words=("--optimizer_type=Adafactor", "--optimizer_args", *ADAFACTOR, "--fused_backward_pass"),
-        max_peak_gb=7,
+        max_peak_gb=7.5,
     ),
     "sd15_full_bf16": replace(
         SD15_FULL,
