@@ -33,6 +33,7 @@ TOOL_FLAGS = {"torch-index", "json", "masks", "contact_sheet", "help"}  # of qui
 FOREIGN_FLAGS = {"extra-index-url", "num_cpu_threads_per_process", "logdir"}  # of pip, accelerate and tensorboard
 FOREIGN_FLAGS |= {"multi_gpu", "num_processes", "nproc_per_node", "use_deepspeed"}  # of launchers
 FOREIGN_FLAGS |= {"use_fsdp", "fsdp_version", "fsdp_reshard_after_forward", "fsdp_offload_params"}
+FOREIGN_FLAGS |= {"fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap"}
 FOREIGN_FLAGS |= {"diffusers_xformers"}  # of sd-scripts
 PLACEHOLDERS = {"name"}
 GUIDES_CONFIG = "my_sd3_dataset_config.toml"  # of a command that is shown as sd-scripts' guide has it
