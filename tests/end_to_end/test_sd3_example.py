@@ -9,6 +9,8 @@ from examples.sd3 import run
 
 NUM_STEPS = 2
 
+pytestmark = pytest.mark.slow
+
 
 def kinds(names):
     """Return what the modules of a file are of: "lora_unet", "lora_te1", "lora_te2"."""

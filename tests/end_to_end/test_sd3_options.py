@@ -95,6 +95,7 @@ def test_a_text_encoders_own_file_is_used_in_place_of_the_models(
     assert abs(other.losses[0] / same.losses[0] - 1) > 1e-6
 
 
+@pytest.mark.slow
 def test_what_lies_far_from_the_mask_is_not_computed(pictures: Pictures, tmp_path: Path) -> None:
     masked = subset(pictures.photos, conditioning_data_dir=str(pictures.photo_masks))
     config = write_toml(tmp_path / "d.toml", masked, resolution=256)  # 256 tokens, of which half are learnt
@@ -115,6 +116,7 @@ def test_t5_may_be_on_the_cpu(first_step: Callable[..., Trained]) -> None:
     assert first_step("--t5xxl_device", "cpu").losses == first_step().losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 32])
 def test_blocks_that_are_swapped_train_the_same_to_the_bit(number: int, first_step: Callable[..., Trained]) -> None:
     swapped, plain = first_step("--blocks_to_swap", number), first_step()
@@ -122,6 +124,7 @@ def test_blocks_that_are_swapped_train_the_same_to_the_bit(number: int, first_st
     assert not differing(swapped.tensors, plain.tensors)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_mapped_trains_the_same(first_step: Callable[..., Trained]) -> None:
     assert first_step("--disable_mmap_load_safetensors").losses == first_step().losses
 

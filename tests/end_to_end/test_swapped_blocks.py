@@ -24,7 +24,11 @@ def sd3(tmp_path: Path) -> Sd3:
     return run
 
 
-@pytest.mark.parametrize("more", [(), ("--mixed_precision", "bf16", "--fp8_base")], ids=["float32", "float8"])
+@pytest.mark.parametrize(
+    "more",
+    [(), pytest.param(("--mixed_precision", "bf16", "--fp8_base"), marks=pytest.mark.slow)],
+    ids=["float32", "float8"],
+)
 def test_a_run_whose_blocks_take_turns_is_the_plain_run(
     more: tuple[str, ...], sd3: Sd3, pictures: Pictures, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,12 +60,14 @@ def test_the_first_command_trains_unet_and_text_encoder_with_masks_and_regularis
     assert parts == {"model", "cond_stage_model"}
 
 
+@pytest.mark.slow
 def test_the_old_style_command_trains_from_folders(place: Path) -> None:
     train(COMMANDS[1], *SMALL)
     parts = changed_parts(place / "sd15.safetensors", place / "output" / "my-cat.safetensors")
     assert parts == {"model", "cond_stage_model"}
 
 
+@pytest.mark.slow
 def test_the_command_with_buckets_and_augmentation_saves_models_and_states(place: Path) -> None:
     train(COMMANDS[2], *SMALL, "--max_bucket_reso=128", "--max_train_steps=4")
     assert sorted(path.name for path in (place / "output").iterdir()) == [

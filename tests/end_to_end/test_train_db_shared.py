@@ -57,9 +57,8 @@ def curve(folder: Path) -> list[float]:
     return [event.value for event in events_of(folder / "logs").Scalars("loss/current")]
 
 
-@pytest.mark.parametrize(
-    "more", [STOP, pytest.param(("--gradient_accumulation_steps", 2, "--clip_skip", 2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [STOP, ("--gradient_accumulation_steps", 2, "--clip_skip", 2)])
 def test_two_processes_train_as_one_with_twice_the_batch(more, pictures, tmp_path):
     """Text encoders that stop leave fewer weights to exchange gradients of."""
     steps = ("--max_train_epochs", 2, "--prior_loss_weight", 0.5, *STEPS, *more)

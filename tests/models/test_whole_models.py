@@ -1,5 +1,6 @@
 """What is trained whole is written so that it loads again, here and elsewhere, and nothing of the source is lost."""
 
+import itertools
 import json
 import shutil
 import zipfile
@@ -49,9 +50,20 @@ def with_extras(path: Path, extras: dict[str, torch.Tensor] = EXTRAS) -> Path:
 
 
 # ---- the round trip -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("is_folder", [False, True])
-@pytest.mark.parametrize("model", ["1", "2v", "xl"])
+# each model, each kind of source and each form at least once; the others are slow
+QUICK = (
+    ("1", False, "safetensors"), ("1", True, "ckpt"), ("2v", False, "diffusers"), ("2v", True, "safetensors"),
+    ("xl", False, "safetensors"), ("xl", True, "diffusers_safetensors"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "is_folder", "form"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(["1", "2v", "xl"], [False, True], FORMS)
+    ],
+)
 def test_what_is_written_loads_again_with_equal_tensors(tmp_path, model, is_folder, form):
     family, place = FAMILIES[model], source(model, is_folder)
     parts = trained(family, place)
@@ -212,7 +224,9 @@ def test_a_source_without_a_whole_unet_is_told(tmp_path):
 
 
 # ---- other programs -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=() if form == "safetensors" else pytest.mark.slow) for form in FORMS]
+)
 @pytest.mark.parametrize("model", ["1", "2v", "xl"])
 @torch.no_grad()
 def test_diffusers_makes_the_same_of_what_is_written(tmp_path, model, form):
