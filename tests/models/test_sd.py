@@ -73,8 +73,10 @@ def test_the_family_is_built_from_the_model_options():
         max_token_length=225,
         weighted_captions=True,
         tokenizer_cache_dir="somewhere",
+        no_token_padding=True,
     )
-    assert Sd.from_options(types.SimpleNamespace(model=model)) == Sd(True, True, 2, 225, True, "somewhere")
+    expected = Sd(True, True, 2, 225, True, "somewhere", pads_tokens=False)
+    assert Sd.from_options(types.SimpleNamespace(model=model)) == expected
 
 
 @torch.no_grad()
