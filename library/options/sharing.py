@@ -92,6 +92,11 @@ def check_sharing(options: Options, way: str) -> None:
             f"--optimizer_type {options.optimizer.optimizer_type} does not go with {way}, whose weights "
             "bitsandbytes cannot read. Use AdamW."
         )
+    if way != "--deepspeed" and (optimizer == "adafactor" or optimizer.startswith("transformers.")):
+        raise OptionError(
+            f"--optimizer_type {options.optimizer.optimizer_type} does not go with {way}: that of transformers cannot "
+            "work on parts of weights. Use AdamW."
+        )
 
 
 def idle_deepspeed_options(options: Options) -> Iterator[str]:

@@ -61,6 +61,11 @@ def test_what_goes_with_deepspeed_passes(values):
     check_deepspeed(build_all({"deepspeed": True, **values}))
 
 
+def test_fsdp_has_no_adafactor():
+    with pytest.raises(OptionError, match="--optimizer_type Adafactor does not go with FSDP"):
+        check_sharing(build_all({"optimizer_type": "Adafactor"}), "FSDP")
+
+
 def test_fsdp_has_no_8bit_optimizers():
     with pytest.raises(OptionError, match="--optimizer_type AdamW8bit does not go with FSDP"):
         check_sharing(build_all({"optimizer_type": "AdamW8bit"}), "FSDP")
