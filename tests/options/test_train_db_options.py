@@ -18,6 +18,7 @@ from library.options.reference import (
     REFUSED_BY_SCRIPT,
     as_in,
 )
+from tests.options.whole_model_scripts import IDLE
 
 SCRIPT = "train_db"
 LIST = json.loads((Path(__file__).parents[1] / "data" / "options_train_db.json").read_text("utf-8"))
@@ -35,29 +36,6 @@ OLD_STYLE = (
     *("--train_batch_size=1", "--learning_rate=1e-6", "--max_train_steps=1600", "--use_8bit_adam", "--xformers"),
     *("--mixed_precision=bf16", "--cache_latents", "--gradient_checkpointing"),
 )
-IDLE = {  # a value other than the default, of each option that has no effect
-    "network_module": "=networks.lora",
-    "network_weights": "=lora.safetensors",
-    "network_dim": "=8",
-    "network_alpha": "=8",
-    "network_dropout": "=0.1",
-    "network_args": "=conv_dim=4",
-    "network_train_unet_only": "",
-    "network_train_text_encoder_only": "",
-    "unet_lr": "=0",
-    "text_encoder_lr": "=0",
-    "dim_from_weights": "",
-    "scale_weight_norms": "=1",
-    "base_weights": "=lora.safetensors",
-    "base_weights_multiplier": "=0.5",
-    "zero_stage": "=3",
-    "offload_optimizer_device": "=cpu",
-    "offload_optimizer_nvme_path": "=disk",
-    "offload_param_device": "=cpu",
-    "offload_param_nvme_path": "=disk",
-    "zero3_save_16bit_model": "",
-    "fp16_master_weights_and_gradients": "",
-}
 
 
 def read(*more: str, script: str = SCRIPT) -> CommandLine:

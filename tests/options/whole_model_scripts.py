@@ -1,0 +1,25 @@
+"""What the tests of scripts that train whole models share."""
+
+IDLE = {  # a value other than the default, of each option that has no effect with any of them
+    "network_module": "=networks.lora",
+    "network_weights": "=lora.safetensors",
+    "network_dim": "=8",
+    "network_alpha": "=8",
+    "network_dropout": "=0.1",
+    "network_args": "=conv_dim=4",
+    "network_train_unet_only": "",
+    "network_train_text_encoder_only": "",
+    "unet_lr": "=0",
+    "text_encoder_lr": "=0",
+    "dim_from_weights": "",
+    "scale_weight_norms": "=1",
+    "base_weights": "=lora.safetensors",
+    "base_weights_multiplier": "=0.5",
+    "zero_stage": "=3",
+    "offload_optimizer_device": "=cpu",
+    "offload_optimizer_nvme_path": "=disk",
+    "offload_param_device": "=cpu",
+    "offload_param_nvme_path": "=disk",
+    "zero3_save_16bit_model": "",
+    "fp16_master_weights_and_gradients": "",
+}
