@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from library.batch import Batch
-from library.models import vae
+from library.models import folders, vae
+from library.models.checkpoint import open_tensors
 from library.objectives.objective import Objective
 
 if TYPE_CHECKING:
@@ -203,6 +204,14 @@ class Plain:
             self.load_text_encoders(checkpoint, dtype),
             self.load_vae(checkpoint, vae_path, vae_dtype or dtype),
         )
+
+    def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
+        """Return 32 hex digits that identify the VAE's encoder, read without loading the model.
+
+        Raises:
+            CheckpointError: the file is not there, not readable or holds no VAE.
+        """
+        return vae.fingerprint(open_tensors(folders.vae_file(vae_path or checkpoint)))
 
     def encode_images(self, parts: Parts, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return latents (B, C, h, w), not scaled, of images (B, 3, H, W) in [-1, 1].

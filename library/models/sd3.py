@@ -112,14 +112,6 @@ class Sd3(Plain):
         """Return the VAE alone, as `load` does."""
         return vae.build(sd3_files.open_vae(checkpoint, vae_path, self.maps_files), dtype, CHANNELS)
 
-    def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
-        """Return 32 hex digits that identify the VAE's encoder, read without loading the model.
-
-        Raises:
-            CheckpointError: the file is not there, not readable or holds no VAE.
-        """
-        return vae.fingerprint(sd3_files.open_vae(checkpoint, vae_path, self.maps_files))
-
     def text_identity(self, checkpoint: str) -> str:
         """Return what identifies the text encoders, how they are called and how captions become tokens.
 

@@ -153,14 +153,6 @@ class Sdxl(Plain, Written):
             tokenizer_cache_dir=self.tokenizer_cache_dir,
         )
 
-    def vae_identity(self, checkpoint: str, vae_path: str | None) -> str:
-        """Return 32 hex digits that identify the VAE's encoder, read without loading the model.
-
-        Raises:
-            CheckpointError: the file is not there, not readable or holds no VAE.
-        """
-        return vae.fingerprint(open_tensors(folders.vae_file(vae_path or checkpoint)))
-
     def text_identity(self, checkpoint: str) -> str:
         """Return what identifies the text encoders, how they are called and how captions become tokens.
 
