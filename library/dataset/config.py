@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,6 +68,25 @@ class SubsetConfig:
     alpha_mask: bool = False
     conditioning_data_dir: Path | None = None  # the folder of mask images
     missing_mask: Literal["error", "train_all", "skip"] = "error"
+    mask_fill: tuple[str, ...] = ("keep",)  # what stands where a picture is masked out; each draw takes one
+    mask_labels: tuple[tuple[str, float], ...] = ()  # weights of a label map: ("1", 0.5), ("#ff0000", 1.0)
+    mask_invert: bool = False
+    mask_erode: float = 0.0  # like the next two, pixels of the image file
+    mask_dilate: float = 0.0
+    mask_feather: float = 0.0
+    mask_weight_min: float = 0.0
+    mask_area_norm: float = 0.0  # exponent of the mean weight that the loss is divided by
+    mask_area_floor: float = 0.01  # the least mean weight to divide by
+    unmasked_probability: float = 0.0
+    mask_prior_weight: float = 0.0
+    mask_drop_tags: tuple[str, ...] | Mapping[str, str] = ()  # tags, or tags with the label of each
+    mask_captions: bool = False
+    mask_aware_crop: bool = False
+    mask_aware_zoom: float = 1.0
+    random_placement: bool = False
+    placement_scale: tuple[float, float] = (0.5, 1.0)
+    placement_rotate: float = 0.0  # degrees, either way
+    placement_variants: int = 4
     diff_output_preservation: bool = False  # the target is what the model predicts without the trained network
     validation_split: float = 0.0  # share of the images that is held back from training, from 0 to 1
     validation_seed: int | None = None  # of the choice; None: the names choose

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.errors import OptionError, did_you_mean
+from library.options.masks import FILLS
 from library.options.toml import BACKSLASHES, has_control_character
+from library.options.values import read_range
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 MISSING_MASK_RULES = ("error", "train_all", "skip")
@@ -87,6 +90,42 @@ def _choice(choices: tuple[str, ...]) -> Reader:
     return read
 
 
+def _list_of(choices: tuple[str, ...]) -> Reader:
+    def read(value: Any) -> tuple[str, ...]:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not items or any(item not in choices for item in items):
+            raise ValueError(f"one or several of {', '.join(choices)}")
+        return tuple(items)
+
+    return read
+
+
+def _tags(value: Any) -> tuple[str, ...] | dict[str, str]:
+    expected = 'a list of tags, or a table of tags with the label of each, like {hat = "3"}'
+    if isinstance(value, dict):
+        if any(not isinstance(label, str | int) or isinstance(label, bool) for label in value.values()):
+            raise ValueError(expected)
+        return {tag.strip(): str(label) for tag, label in value.items()}
+    if not isinstance(value, list | tuple) or any(not isinstance(tag, str) or not tag.strip() for tag in value):
+        raise ValueError(expected)
+    return tuple(tag.strip() for tag in value)
+
+
+def _labels(value: Any) -> tuple[tuple[str, float], ...]:
+    """Return the weights of a label map, by label: a palette's number, a colour like #ff0000, or other."""
+    expected = 'a table of weights from 0 to 1 by label, like {"1" = 1.0, "#ff0000" = 0.5, other = 0.0}'
+    if not isinstance(value, dict) or not value:
+        raise ValueError(expected)
+    read = {}
+    for label, weight in value.items():
+        name = str(label).strip().lower()
+        is_label = name == "other" or (name.isdecimal() and int(name) < 256) or re.fullmatch("#[0-9a-f]{6}", name)
+        if not is_label or isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+            raise ValueError(expected)
+        read[name] = float(weight)
+    return tuple(sorted(read.items()))
+
+
 def read_resolution(value: Any) -> tuple[int, int]:
     """Return (width, height) of 512, "512", [768, 512] or "768,512"; ValueError says what was expected."""
     expected = 'a size like 512, or width and height like [768, 512] or "768,512", each at least 8'
@@ -101,19 +140,8 @@ def read_resolution(value: Any) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def read_range(value: Any) -> tuple[float, float]:
-    """Return (least, most) of [2.0, 4.0] or "2.0,4.0"; ValueError says what was expected."""
-    expected = 'two numbers above 0, the smaller first, like [2.0, 4.0] or "2.0,4.0"'
-    try:
-        numbers = [float(end) for end in (value.split(",") if isinstance(value, str) else value)]
-    except (TypeError, ValueError):
-        raise ValueError(expected) from None
-    if len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] < float("inf"):
-        raise ValueError(expected)
-    return numbers[0], numbers[1]
-
-
 _share = _number(0, 1, "a number from 0 to 1")
+_pixels = _number(0, 512, "a number of pixels from 0 to 512")
 _not_negative = _number(0, float("inf"), "a number of at least 0")
 _any_number = _number(float("-inf"), float("inf"), "a number")
 
@@ -156,6 +184,25 @@ SUBSET_KEYS: Mapping[str, Reader] = {
     "alpha_mask": _flag,
     "conditioning_data_dir": _path,
     "missing_mask": _choice(MISSING_MASK_RULES),
+    "mask_fill": _list_of(FILLS),
+    "mask_labels": _labels,
+    "mask_invert": _flag,
+    "mask_erode": _pixels,
+    "mask_dilate": _pixels,
+    "mask_feather": _pixels,
+    "mask_weight_min": _share,
+    "mask_area_norm": _share,
+    "mask_area_floor": _number(1e-6, 1, "a number above 0, at most 1"),
+    "unmasked_probability": _share,
+    "mask_prior_weight": _not_negative,
+    "mask_drop_tags": _tags,
+    "mask_captions": _flag,
+    "mask_aware_crop": _flag,
+    "mask_aware_zoom": _number(1, float("inf"), "a number of at least 1"),
+    "random_placement": _flag,
+    "placement_scale": read_range,
+    "placement_rotate": _number(0, 180, "degrees from 0 to 180"),
+    "placement_variants": _whole(1),
     "validation_split": _any_number,
     "validation_seed": _whole_of_any_sign,
 }

@@ -135,6 +135,18 @@ def int_or_ratio(raw: Any) -> int | float:
     return int(number) if number.is_integer() else number
 
 
+def read_range(value: Any) -> tuple[float, float]:
+    """Return (least, most) of [2.0, 4.0] or "2.0,4.0"; ValueError says what was expected."""
+    expected = 'two numbers above 0, the smaller first, like [2.0, 4.0] or "2.0,4.0"'
+    try:
+        numbers = [float(end) for end in (value.split(",") if isinstance(value, str) else value)]
+    except (TypeError, ValueError):
+        raise ValueError(expected) from None
+    if len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] < float("inf"):
+        raise ValueError(expected)
+    return numbers[0], numbers[1]
+
+
 def _convert_one(declared: Declared, raw: Any, where: str) -> Any:
     try:
         if declared.parse is not None:
