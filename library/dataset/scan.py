@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dataset import buckets, captions, files, metadata_file, pairing, split
+from library.dataset import buckets, captions, files, metadata_file, pairing, shares, split
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
 from library.dataset.geometry import Size, Transform
@@ -75,35 +75,10 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
             message = f"{folder}: datasets[{number}] has only regularisation images. Add a subset without is_reg."
             findings.error(folder, message)
     findings.problems += _surplus_masks(findings)
-    samples, validation = _divided(found, findings)
+    samples, validation, shared = shares.divide(found)
+    findings.problems += shared
     problems = tuple(dict.fromkeys(findings.problems))  # two datasets may share a folder
     return Scan(tuple(samples), problems, tuple(validation))
-
-
-def _divided(datasets: Sequence[Sequence[Sample]], findings: _Findings) -> tuple[list[Sample], list[Sample]]:
-    """Return the samples to be trained on, balanced, and those held back.
-
-    An image that is held back anywhere is trained on nowhere, whatever way its folder is named in another subset.
-    """
-    validation = [sample for samples in datasets for sample in samples if sample.is_validation]
-    if not validation:
-        return [sample for samples in datasets for sample in _balanced(samples)], []
-    folders = {folder: folder.resolve() for folder in {s.path.parent for samples in datasets for s in samples}}
-
-    def identity(sample: Sample) -> Path:
-        path = folders[sample.path.parent] / sample.path.name
-        return path.resolve() if path.is_symlink() else path
-
-    held = {identity(sample) for sample in validation}
-    trained: list[Sample] = []
-    for samples in datasets:
-        trained += _balanced([sample for sample in samples if identity(sample) not in held])
-    shared = {s.path for samples in datasets for s in samples if identity(s) in held and not s.is_validation}
-    for path in sorted(shared):
-        joint = Joint("images are held back for validation in one subset, so others do not train on them", path.name)
-        message = f"{path}: held back for validation in one subset, so no other trains on it."
-        findings.problems.append(Problem("warning", path, message, joint))
-    return trained, validation
 
 
 def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, findings: _Findings) -> list[Sample]:
@@ -358,29 +333,6 @@ def _surplus_masks(findings: _Findings) -> Iterable[Problem]:
             if mask.stem not in findings.stems[folder]:
                 joint = Joint(f"masks in {folder} are not used, no image has their name", mask.name)
                 yield Problem("warning", mask, f"{mask}: not used, no image has this name.", joint)
-
-
-def _balanced(samples: Sequence[Sample]) -> list[Sample]:
-    """Return samples with regularisation images repeated, or left out, until they are as many as the others.
-
-    In order, each with its own repeats, until the others' number is reached; the rest are not used. If they are too
-    few, each gets one repeat more, in order and again, until it is reached.
-    """
-    regular = [sample for sample in samples if not sample.is_reg]
-    wanted = sum(sample.num_repeats for sample in regular)
-    chosen: list[Sample] = []
-    total = 0
-    for sample in samples:
-        if sample.is_reg and total < wanted:
-            chosen.append(sample)
-            total += sample.num_repeats
-    if not chosen:
-        return regular
-    rounds, rest = divmod(max(0, wanted - total), len(chosen))
-    return regular + [
-        replace(sample, num_repeats=sample.num_repeats + rounds + (number < rest))
-        for number, sample in enumerate(chosen)
-    ]
 
 
 def check_masked_loss(masked_loss: bool, samples: Sequence[Sample]) -> None:
