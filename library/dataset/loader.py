@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.batch import Batch, Share
 from library.cache.fill import to_images
 from library.cache.store import LatentStore, TextStore
-from library.dataset import captions, geometry, images, plan
+from library.dataset import captions, geometry, images, mask_captions, plan
 from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
@@ -134,6 +134,7 @@ class DrawnImages(DrawsDataset):
         image, weight = None, 1.0
         if self.store is None:
             image, sample, weight = images.of_sample(sample, seed=f"{seed} {draw.epoch} {draw.repeat}")
+        is_masked = image is None or sample.give is None or image.alpha is not None  # a class may give no mask
         caption = captions.compose(
             sample.captions,
             sample.subset,
@@ -141,6 +142,7 @@ class DrawnImages(DrawsDataset):
             epoch=draw.epoch,
             step=draw.step,
             max_train_steps=self._settings.max_train_steps,
+            left_out=mask_captions.left_out(sample) if is_masked else captions.NO_TAGS,
         )
         face = None if self.store is not None else geometry.face_in_name(sample.path)
         transform = geometry.draw(sample.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dataset import buckets, captions, files, metadata_file, pairing, shares, split
+from library.dataset import buckets, captions, files, mask_captions, metadata_file, pairing, shares, split
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
 from library.dataset.geometry import Size, Transform
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NO_MASK = MaskSource("none")
 Lines = tuple[str, ...]  # of a caption
+Written = dict[Path, Lines | DataError | None]  # captions as the files say, by image
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
     findings.problems += _surplus_masks(findings)
     samples, validation, shared = shares.divide(found)
     findings.problems += shared
+    findings.problems += mask_captions.problems([*samples, *validation])
     problems = tuple(dict.fromkeys(findings.problems))  # two datasets may share a folder
     return Scan(tuple(samples), problems, tuple(validation))
 
@@ -85,12 +87,13 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
     """Return the subset's samples, with its own number of repeats."""
     scan_source = _scan_folder if subset.metadata_file is None else _scan_metadata_file
     try:
-        headers, texts = scan_source(subset, findings)
+        headers, written = scan_source(subset, findings)
     except DataError as error:
         findings.error(subset.source, str(error))
         return []
     readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
+    texts = _captions(written | _beside_masks(masks, subset, findings), subset, findings)
     held = split.held_back(readable, subset.validation_split, subset.validation_seed)
     if subset.validation_split and len(held) in (0, len(readable)):
         message = (
@@ -116,21 +119,23 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
     ]
 
 
-def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
+def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], Written]:
     """Return headers and captions of the images in the subset's folder. Raises: DataError if there are none."""
     images = files.list_images(subset.image_dir)
     if not images:
         raise DataError(f"{subset.image_dir}: has no images. Known are {', '.join(files.image_extensions())}.")
     known = files.load_info(subset.image_dir) if subset.cache_info else {}
     headers = _headers(images, findings, known)
-    written = files.read_all(partial(captions.read, subset=subset), list(headers))
-    texts = _captions(dict(zip(headers, written, strict=True)), subset, findings)
+    found = files.read_all(partial(captions.read, subset=subset), list(headers))
+    written: Written = dict(zip(headers, found, strict=True))
     if subset.cache_info and known != headers:
-        files.save_info(subset.image_dir, headers, {image: "\n".join(lines) for image, lines in texts.items()})
-    return headers, texts
+        kept = {image: lines or (subset.class_tokens or "",) for image, lines in written.items()}
+        texts = {image: "\n".join(lines) for image, lines in kept.items() if not isinstance(lines, DataError)}
+        files.save_info(subset.image_dir, headers, texts)
+    return headers, written
 
 
-def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
+def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], Written]:
     """Return headers and captions of the images in the subset's metadata file. Raises: DataError if there are none."""
     file = subset.source
     content = metadata_file.read(file, subset)
@@ -145,7 +150,7 @@ def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict
     if outdated:
         message = f"{file}: image_size of {len(outdated)} images is not the file's own, which is used: "
         findings.problems.append(Problem("warning", file, f"{message}{listed(outdated)}."))
-    return headers, _captions({path: entries[path].captions for path in headers}, subset, findings)
+    return headers, {path: entries[path].captions for path in headers}
 
 
 def _has_size(header: Header, size: Size | None) -> bool:
@@ -184,9 +189,17 @@ def _headers(
     return {path: findings.headers[path] for path in paths if path in findings.headers}
 
 
-def _captions(
-    written: Mapping[Path, Lines | DataError | None], subset: SubsetConfig, findings: _Findings
-) -> dict[Path, Lines]:
+def _beside_masks(masks: Mapping[Path, MaskSource], subset: SubsetConfig, findings: _Findings) -> Written:
+    """Return the captions that replace those of the images whose masks have one beside them."""
+    if not subset.mask_captions:
+        return {}
+    found: Written = dict(mask_captions.beside(masks, subset))
+    if not found and any(mask.path is not None for mask in masks.values()):
+        findings.problems.append(mask_captions.nothing_beside(masks, subset))
+    return found
+
+
+def _captions(written: Written, subset: SubsetConfig, findings: _Findings) -> dict[Path, Lines]:
     texts: dict[Path, Lines] = {}
     without: list[Path] = []
     for image, lines in written.items():
