@@ -9,12 +9,13 @@ import mimetypes
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from library.options.masks import MaskOptions
     from library.options.metadata import MetadataOptions
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,15 @@ DEFAULT_SIDES: Mapping[str, int] = {"sd_v2_v": 768, **dict.fromkeys(LARGE, 1024)
 
 
 @dataclass(frozen=True)
+class MaskFacts:
+    """What the files say about the masks of the training data."""
+
+    is_masked: bool = False  # of any image
+    has_alpha: bool = False  # of any image the mask is its transparency
+    num_images: int = 0  # that have a mask, with repeats, as in num_train_images
+
+
+@dataclass(frozen=True)
 class DatasetFacts:
     """What the files say about the training data."""
 
@@ -124,6 +134,7 @@ class DatasetFacts:
     # one entry a dataset, plain JSON values, with the keys of ss_datasets; each subset's with those of its "subsets".
     # tag_frequency: {folder: {tag: count}}; bucket_info: {"buckets": {i: {"resolution", "count"}}, "mean_img_ar_error"}
     datasets: tuple[Mapping[str, Any], ...]
+    masks: MaskFacts = MaskFacts()
 
 
 @dataclass(frozen=True)
@@ -173,6 +184,7 @@ def training_metadata(options: Any, dataset: DatasetFacts, run: RunFacts) -> dic
         "ss_num_validation_images": dataset.num_validation_images,
         "ss_num_batches_per_epoch": dataset.num_batches_per_epoch,
     }
+    values |= _of_masks(options.masks, dataset.masks)
     if run.vae_name:
         values["ss_vae_name"] = model_name(run.vae_name)
     if run.network_args:
@@ -187,6 +199,19 @@ def training_metadata(options: Any, dataset: DatasetFacts, run: RunFacts) -> dic
 def of_flow(options: Any) -> dict[str, Any]:
     """Return the further ss_* keys of a model that is trained on a flow."""
     return {key: attrgetter(place)(options) for key, place in FROM_OPTIONS_OF_FLOW.items()}
+
+
+def _of_masks(options: MaskOptions, facts: MaskFacts) -> dict[str, Any]:
+    """Return what is said of masks: two keys always, the others where there is something to say."""
+    values: dict[str, Any] = {"ss_masked_loss": facts.is_masked, "ss_alpha_mask": facts.has_alpha}
+    if facts.is_masked:
+        values["ss_num_masked_images"] = facts.num_images
+    for each in fields(options):
+        key, value = f"ss_{each.name}", getattr(options, each.name)
+        if key not in values and value not in (each.default, None):
+            is_folder = each.name == "conditioning_data_dir"
+            values[key] = Path(value).name if is_folder else json.dumps(value) if isinstance(value, tuple) else value
+    return values
 
 
 def _with_config(facts: DatasetFacts) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from library import metadata
-from library.metadata import DatasetFacts, RunFacts
+from library.metadata import DatasetFacts, MaskFacts, RunFacts
 from library.options.flow import FlowOptions
 from library.options.groups import Options
+from library.options.masks import MaskOptions
 from library.options.metadata import MetadataOptions
 from library.options.network import NetworkOptions
 from library.options.saving import SavingOptions
@@ -57,7 +58,7 @@ def test_a_run_with_a_dataset_config_writes_the_keys_of_sd_scripts() -> None:
     ours = metadata.at_save(ours, step=10, epoch=3)
     # the base model's hashes come from their own thread
     theirs = {key for key in REFERENCE if key.startswith("ss_")} - {"ss_sd_model_hash", "ss_new_sd_model_hash"}
-    assert set(ours) == theirs
+    assert set(ours) == {*theirs, "ss_masked_loss", "ss_alpha_mask"}
 
 
 def test_defaults_are_written_as_sd_scripts_writes_them() -> None:
@@ -229,3 +230,36 @@ def test_the_output_name_and_comment_come_from_the_saving_options() -> None:
     options = Options(saving=SavingOptions(output_name="cat", training_comment="first try"))
     ours = metadata.training_metadata(options, facts(), run_facts())
     assert (ours["ss_output_name"], ours["ss_training_comment"]) == ("cat", "first try")
+
+
+def test_a_run_without_masks_says_so_and_nothing_else_of_masks() -> None:
+    written = metadata.training_metadata(Options(), facts(), run_facts())
+    assert {key: value for key, value in written.items() if "mask" in key} == {
+        "ss_masked_loss": "False",
+        "ss_alpha_mask": "False",
+    }
+
+
+def test_a_masked_run_tells_how_many_images_and_the_settings_of_the_command_line() -> None:
+    options = Options(
+        masks=MaskOptions(
+            masked_loss=True,
+            conditioning_data_dir="some/where/masks",
+            mask_fill=("noise", "mean"),
+            mask_area_norm=0.5,
+            mask_drop_tags=("hat",),
+            placement_scale="0.5,1.0",
+        )
+    )
+    masks = MaskFacts(is_masked=True, has_alpha=True, num_images=12)
+    written = metadata.training_metadata(options, replace(facts(), masks=masks), run_facts())
+    plain = metadata.training_metadata(Options(), facts(), run_facts())
+    assert {key: value for key, value in written.items() if plain.get(key) != value} == {
+        "ss_masked_loss": "True",
+        "ss_alpha_mask": "True",
+        "ss_num_masked_images": "12",
+        "ss_conditioning_data_dir": "masks",
+        "ss_mask_fill": '["noise", "mean"]',
+        "ss_mask_area_norm": "0.5",
+        "ss_mask_drop_tags": '["hat"]',
+    }

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,6 @@ from library.errors import DataError
 
 if TYPE_CHECKING:
     from library.dataset.config import SubsetConfig
-    from library.dataset.scan import Sample
 
 WILDCARD = re.compile(r"\{([^{}]+)\}")
 OPENING, CLOSING = "\ue000", "\ue001"  # stand in for {{ and }} while wildcards are drawn; private, so in no caption
@@ -240,18 +239,3 @@ def _parts(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], li
     flexible, _, tail = rest.partition(mark)
     first, middle, last = ([tag for tag in tags(part) if tag.strip(f" {EDGE}")] for part in (fixed, flexible, tail))
     return first, middle, last
-
-
-def tag_frequency(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
-    """Return how often each tag occurs, by the name of the folder or metadata file: each image counts once.
-
-    Tags end at commas whatever the separator, and are in small letters, as in the metadata of sd-scripts.
-    """
-    counts: dict[str, dict[str, int]] = {}
-    for sample in samples:
-        folder = counts.setdefault(sample.subset.source.name, {})
-        for line in sample.captions:
-            for tag in (part.strip().lower() for part in line.split(",")):
-                if tag:
-                    folder[tag] = folder.get(tag, 0) + 1
-    return counts
