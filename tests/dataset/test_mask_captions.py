@@ -192,6 +192,14 @@ def test_a_batch_has_the_captions_without_what_is_masked_out(tmp_path):
     assert captions_drawn([masked, plain], [1]) == ["girl, dog", "girl, hat, dog"]
 
 
+def test_a_draw_without_its_mask_keeps_the_tags(tmp_path):
+    subset = replace(PLAIN, image_dir=tmp_path, mask_drop_tags=("hat",), unmasked_probability=0.5)
+    sample = sample_of(save_picture(tmp_path / "a.png"), subset=subset, captions=("girl, hat",))
+    dataset = DrawnImages([sample], LoaderSettings(seed=1, max_train_steps=10))
+    drawn = [dataset[(Draw(0, 0, epoch, 0),)] for epoch in range(20)]
+    assert {(batch.masks is None, batch.captions[0]) for batch in drawn} == {(True, "girl, hat"), (False, "girl")}
+
+
 OWN = """
 import numpy as np
 
