@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from library.cache import latents as entries
 from library.cache import text
 from library.cache.latents import CachedLatents
 from library.cache.text import Key, Outputs
-from library.masks import FULL, MaskKind, Sums
+from library.masks import FULL, MaskKind, Sums, to_array
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class LatentStore:
         if flip and mask is not None:
             mask = np.ascontiguousarray(mask[:, ::-1])
         return latents, mask
+
+    def mask_weights(self, index: int) -> npt.NDArray[np.float32] | None:
+        """Return the mask (h, w) of a sample in [0, 1], not mirrored; None: 1 everywhere. Raises: DataError."""
+        stored = self._stored[index]
+        place = stored.place
+        mask = entries.read_mask(place, stored.mask_kind) if isinstance(place, Path) else place.mask
+        return None if mask is None else to_array(mask)
 
     def mean_mask_weight(self) -> float | None:
         """Return the mean weight of the samples that have a mask; None if none has one. Raises: DataError."""

@@ -197,7 +197,9 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         history=history,
         average=average,
         steps_done=setting.steps_done,
-        reader=LossReader(accelerator.reduce if accelerator.num_processes > 1 else None),
+        reader=LossReader(
+            accelerator.reduce if accelerator.num_processes > 1 else None, has_masks=setting.checked.data.has_masks
+        ),
     )
 
 
@@ -270,9 +272,9 @@ def publishers(uploads: Uploads | None, options: HubOptions) -> tuple[Publish, P
 def make_trainee(setting: Setting, parts: Parts) -> Trainee:
     """Return what is trained, ready on the device."""
     trained = setting.checked.method.trainee(setting, parts)
-    if any(sample.subset.diff_output_preservation for sample in setting.checked.data.all_samples):
+    if setting.checked.data.asks_for_untrained:
         with trained.untrained():  # what cannot be switched off is refused here, not in the middle
-            log.info("diff_output_preservation: batches with such images predict twice")
+            log.info("diff_output_preservation, mask_prior_weight: batches with such images predict twice")
     return trained
 
 
