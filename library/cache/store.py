@@ -15,7 +15,7 @@ from library.cache import latents as entries
 from library.cache import text
 from library.cache.latents import CachedLatents
 from library.cache.text import Key, Outputs
-from library.masks import FULL, MaskKind, Sums, to_array
+from library.masks import MaskKind, Sums, to_array
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,6 @@ class LatentStore:
         place = stored.place
         mask = entries.read_mask(place, stored.mask_kind) if isinstance(place, Path) else place.mask
         return None if mask is None else to_array(mask)
-
-    def mean_mask_weight(self) -> float | None:
-        """Return the mean weight of the samples that have a mask; None if none has one. Raises: DataError."""
-        masked = {id(stored.place): stored for stored in self._stored if stored.mask_kind != "none"}  # each entry once
-        masks = [
-            entries.read_mask(stored.place, stored.mask_kind) if isinstance(stored.place, Path) else stored.place.mask
-            for stored in masked.values()
-        ]
-        means = [mask.mean(dtype=np.float64) / FULL for mask in masks if mask is not None]
-        return float(np.mean(means)) if means else None
 
 
 class TextStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from library.dataset import images
-from library.dataset.problems import Joint, Problem, log_warnings
+from library.dataset.problems import listed
 from library.dataset.scan import Sample, Scan
 from library.dataset.weighing import Cells
 from library.progress import progress
@@ -19,9 +20,11 @@ from library.progress import progress
 if TYPE_CHECKING:
     from library.cache.store import LatentStore
 
-WITH_NORM = "masks with nothing white in the part that is trained are left out, as mask_area_norm cannot scale nothing"
-WITHOUT_NORM = "masks have nothing white in the part that is trained, so nothing of their images is learnt"
-REMEDY = "Are they inverted?"
+log = logging.getLogger(__name__)
+
+EMPTY = "masks have nothing white in the part that is trained"
+LEFT_OUT = "Their images are left out, as mask_area_norm cannot scale nothing. Are the masks inverted?"
+KEPT = "Their images teach nothing. Are the masks inverted?"
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,10 @@ class MaskShare:
     is_empty: bool  # no cell of its mask is above 0
 
 
-def of_cells(sample: Sample, mask: Cells) -> MaskShare:
-    """Return what a mask (h, w) in [0, 1] lets through, mask_weight_min included."""
+def of_cells(sample: Sample, mask: Cells | None) -> MaskShare | None:
+    """Return what a mask (h, w) in [0, 1] lets through, mask_weight_min included; None for no mask."""
+    if mask is None:
+        return None
     weights = np.maximum(mask, np.float32(sample.subset.mask_weight_min))
     return MaskShare(sample, float(weights.mean(dtype=np.float64)), not mask.any())
 
@@ -48,23 +53,28 @@ def decoded(samples: Sequence[Sample], *, label: str | None = None) -> list[Mask
 
     Raises: DataError.
     """
-    masked = {(sample.path, sample.transform, sample.mask): sample for sample in samples if sample.mask.kind != "none"}
+    masked = [samples[index] for index in masked_once(samples)]
     with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
-        found = pool.map(images.read_mask_weights, masked.values())
-        shown = found if label is None else progress(found, label=label, total=len(masked), unit="mask")
-        pairs = list(zip(masked.values(), shown, strict=True))
-    return [of_cells(sample, mask) for sample, mask in pairs if mask is not None]
+        found = pool.map(lambda sample: of_cells(sample, images.read_mask_weights(sample)), masked)
+        shown = found if label is None else progress(found, label=label, total=len(masked), unit=" masks")
+        return [share for share in shown if share is not None]
+
+
+def masked_once(samples: Sequence[Sample]) -> list[int]:
+    """Return the indices of samples with masks, of those that are alike one."""
+    once = {identity(sample): index for index, sample in enumerate(samples) if sample.mask.kind != "none"}
+    return list(once.values())
+
+
+def identity(sample: Sample) -> tuple[object, ...]:
+    """Return what samples have alike whose masks let the same through."""
+    return sample.path, sample.transform, sample.mask, sample.subset.mask_weight_min
 
 
 def stored(samples: Sequence[Sample], store: LatentStore) -> list[MaskShare]:
     """Return what the masks of samples let through, from the cache that holds these samples. Raises: DataError."""
-    masked = {
-        (sample.path, sample.transform, sample.mask): index
-        for index, sample in enumerate(samples)
-        if sample.mask.kind != "none"
-    }
-    found = ((samples[index], store.mask_weights(index)) for index in masked.values())
-    return [of_cells(sample, mask) for sample, mask in found if mask is not None]
+    found = [of_cells(samples[index], store.mask_weights(index)) for index in masked_once(samples)]
+    return [share for share in found if share is not None]
 
 
 def without_empty(found: Scan) -> Scan:
@@ -81,23 +91,19 @@ def without_empty(found: Scan) -> Scan:
     ]
     if not asked:
         return found
-    empty = [each for each in decoded(asked, label="looking for empty masks") if each.is_empty]
-    name(empty, WITH_NORM)
-    gone = {(each.sample.path, each.sample.transform, each.sample.mask) for each in empty}
+    empty = [share for share in decoded(asked, label="looking for empty masks") if share.is_empty]
+    warn_of_empty(empty, LEFT_OUT)
+    gone = {identity(share.sample) for share in empty}
 
     def is_kept(sample: Sample) -> bool:
-        return not sample.subset.mask_area_norm or (sample.path, sample.transform, sample.mask) not in gone
+        return not sample.subset.mask_area_norm or identity(sample) not in gone
 
     samples, validation = (tuple(filter(is_kept, each)) for each in (found.samples, found.validation))
     return replace(found, samples=samples, validation=validation)
 
 
-def name(empty: Sequence[MaskShare], what: str) -> None:
-    """Warn of empty masks in one line, with the names of their images; what: follows their number."""
-    log_warnings([problem_of(each.sample, what) for each in empty])
-
-
-def problem_of(sample: Sample, what: str) -> Problem:
-    """Return an empty mask as a problem that is told with others of its kind."""
-    path = sample.mask.path or sample.path
-    return Problem("warning", path, f"1 {what}: {sample.path}. {REMEDY}", Joint(what, str(sample.path), REMEDY))
+def warn_of_empty(empty: Sequence[MaskShare], outcome: str) -> None:
+    """Name the images of empty masks in one line that ends with what becomes of them."""
+    names = [str(share.sample.path) for share in empty]
+    if names:
+        log.warning("%d %s: %s. %s", len(names), EMPTY, listed(names), outcome)

@@ -272,9 +272,10 @@ def publishers(uploads: Uploads | None, options: HubOptions) -> tuple[Publish, P
 def make_trainee(setting: Setting, parts: Parts) -> Trainee:
     """Return what is trained, ready on the device."""
     trained = setting.checked.method.trainee(setting, parts)
-    if setting.checked.data.asks_for_untrained:
+    users = setting.checked.data.users_of_untrained
+    if users:
         with trained.untrained():  # what cannot be switched off is refused here, not in the middle
-            log.info("diff_output_preservation, mask_prior_weight: batches with such images predict twice")
+            log.info("%s: batches with such images predict twice", " and ".join(users))
     return trained
 
 

@@ -52,13 +52,15 @@ class Data:
         return any(sample.mask.kind != "none" for sample in self.samples)
 
     @property
-    def asks_for_untrained(self) -> bool:
-        """Whether images are compared with what the models predicted before the training."""
-        return any(
-            sample.subset.diff_output_preservation
-            or (sample.subset.mask_prior_weight > 0 and sample.mask.kind != "none")
-            for sample in self.samples
-        ) or any(sample.subset.diff_output_preservation for sample in self.validation)
+    def users_of_untrained(self) -> tuple[str, ...]:
+        """The settings that compare images with what the models predicted before the training; none: it is not asked.
+
+        Validation holds nothing to it, but measures by the targets of training.
+        """
+        preserved = any(sample.subset.diff_output_preservation for sample in self.all_samples)
+        held = any(sample.subset.mask_prior_weight and sample.mask.kind != "none" for sample in self.samples)
+        names = {"diff_output_preservation": preserved, "mask_prior_weight": held}
+        return tuple(name for name, is_used in names.items() if is_used)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class FullModel:
             setting.plan.steps_per_epoch,
             setting.steps_done,
         )
-        if setting.checked.data.asks_for_untrained:
+        if setting.checked.data.users_of_untrained:
             made.keep_untrained()
         if options.training.gradient_checkpointing:
             family.enable_gradient_checkpointing(
