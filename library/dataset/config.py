@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library.dataset import buckets
+from library.dataset import buckets, mask_settings
 from library.dataset.geometry import Size
 from library.dataset.schema import (
     DATASET_KEYS,
@@ -25,6 +25,7 @@ from library.dataset.schema import (
     read_value,
 )
 from library.errors import DataError, OptionError, did_you_mean
+from library.masks import MaskShape
 from library.options.toml import read_toml
 
 if TYPE_CHECKING:
@@ -96,6 +97,12 @@ class SubsetConfig:
     def source(self) -> Path:
         """What names the images: the metadata file, or else the folder."""
         return self.metadata_file or self.image_dir
+
+    @property
+    def mask_shape(self) -> MaskShape:
+        """What is done to masks of files; those of other kinds have no labels."""
+        lengths = (self.mask_erode, self.mask_dilate, self.mask_feather)
+        return MaskShape(self.mask_labels, self.mask_invert, *map(float, lengths))
 
 
 @dataclass(frozen=True)
@@ -281,7 +288,9 @@ def _resolve_subset(table: Level, index: int, inherited: Sequence[Level], *, is_
     image_dir = table.values.get("image_dir")
     if image_dir is None:  # only with a metadata file
         image_dir = values["metadata_file"].parent
-    return SubsetConfig(image_dir=image_dir, index=index, **values)
+    subset = SubsetConfig(image_dir=image_dir, index=index, **values)
+    mask_settings.check(table.place, subset)
+    return subset
 
 
 def _with_valid_sizes(place: str, config: DatasetConfig, bucket_step_multiple: int) -> DatasetConfig:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.batch import Batch, Share
 from library.cache.fill import to_images
 from library.cache.store import LatentStore, TextStore
-from library.dataset import captions, geometry, images, plan
+from library.dataset import captions, geometry, images, looks, plan
 from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
@@ -136,6 +136,7 @@ class DrawnImages(DrawsDataset):
         image, weight = None, 1.0
         if self.store is None:
             image, sample, weight = images.of_sample(sample, seed=f"{seed} {draw.epoch} {draw.repeat}")
+        is_masked = looks.is_shown_masked(sample, plan.rng(seed, draw, f"{name} mask"))
         caption = captions.compose(
             sample.captions,
             sample.subset,
@@ -145,17 +146,21 @@ class DrawnImages(DrawsDataset):
             max_train_steps=self._settings.max_train_steps,
         )
         face = None if self.store is not None else geometry.face_in_name(sample.path)
-        transform = geometry.draw(sample.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
+        choices = looks.looks_of(sample)
+        number = looks.draw(len(choices), plan.rng(seed, draw, f"{name} look"))
+        look = choices[number]
+        transform = geometry.draw(look.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
         sizes = geometry.size_conditioning(transform)
         if image is None:
             assert self.store is not None
-            latents, mask = self.store.get(draw.sample, flip=transform.flip)
-            return _Item(caption, None, latents, mask, sizes)
-        pixels = images.in_bucket(image, transform, sample.path)
-        mask = images.mask_in_bucket(image, sample.mask, transform)
+            latents, mask = self.store.get(draw.sample, flip=transform.flip, look=number)
+            return _Item(caption, None, latents, mask if is_masked else None, sizes)
+        mask_pixels = images.mask_of(image, sample.mask, transform.source) if is_masked else None
+        seen = images.see(image, mask_pixels, replace(look, transform=transform), sample.path)
+        pixels = seen.pixels
         if sample.subset.color_aug:
             pixels = images.augment_colour(pixels, plan.rng(seed, draw, f"{name} colour"))
-        return _Item(caption, pixels, None, mask, sizes, weight)
+        return _Item(caption, pixels, None, seen.mask, sizes, weight)
 
 
 def _flags(values: Sequence[bool]) -> Tensor | None:
