@@ -21,6 +21,8 @@ ACTING_ON_MASKS = (
     "mask_dilate",
     "mask_feather",
     "mask_weight_min",
+    "mask_area_norm",
+    "mask_prior_weight",
     "unmasked_probability",
 )
 
