@@ -1,10 +1,12 @@
+import json
 import logging
 
 import pytest
 from dataset.pictures import sample_of, save_picture
 
-from library.dataset.config import SubsetConfig, load
+from library.dataset.config import DatasetConfig, SubsetConfig, load
 from library.dataset.mask_settings import read_first_label_maps, warn_of_idle, warn_of_idle_dropping
+from library.dataset.scan import scan
 from library.errors import DataError, OptionError
 from library.masks import MaskShape, MaskSource
 from library.options.captions import CaptionOptions
@@ -36,6 +38,35 @@ def test_settings_of_the_shape_are_pixels_and_labels_of_the_subset(read):
     )
     labels = (("#ff0000", 0.5), ("1", 1.0), ("other", 0.1))
     assert subset.mask_shape == MaskShape(labels, invert=True, erode=1.0, dilate=2.5, feather=3.0)
+
+
+@pytest.mark.parametrize("metadata_file", [False, True])
+def test_every_mask_gets_the_shape_of_its_subset_and_only_files_get_labels(tmp_path, metadata_file):
+    """With the headers kept by cache_info too, at a first and a second start."""
+    for name, channels in (("a", 3), ("b", 4), ("c", 3)):
+        save_picture(tmp_path / "img" / f"{name}.png", channels=channels)
+    save_picture(tmp_path / "masks" / "a.png", channels=1)
+    content = {f"{name}.png": {"caption": name} for name in "abc"}
+    (tmp_path / "meta.json").write_text(json.dumps(content), encoding="utf-8")
+    subset = SubsetConfig(
+        tmp_path / "img",
+        conditioning_data_dir=tmp_path / "masks",
+        alpha_mask=True,
+        missing_mask="train_all",
+        class_tokens="x",
+        mask_labels=(("1", 1.0),),
+        mask_erode=2,
+        metadata_file=tmp_path / "meta.json" if metadata_file else None,
+        cache_info=not metadata_file,
+    )
+    for _ in range(2):
+        found = scan((DatasetConfig((64, 64), (subset,)),))
+        assert not found.problems
+        assert [sample.mask for sample in found.samples] == [
+            MaskSource("file", tmp_path / "masks" / "a.png", MaskShape((("1", 1.0),), erode=2.0)),
+            MaskSource("alpha", shape=MaskShape(erode=2.0)),
+            MaskSource("none"),
+        ]
 
 
 @pytest.mark.parametrize("fill", ["extend", "mean", "noise"])
