@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from library.dataset import captions, files, images, summary
+from library.dataset import captions, files, images, mask_captions, summary
 from library.dataset.problems import Joint, Problem
 from library.dataset.scan import Sample, Scan
 from library.errors import DataError
@@ -163,7 +163,7 @@ def _image(sample: Sample, coverage: Coverage | DataError) -> dict[str, Any]:
         "dataset": sample.dataset,
         "subset": sample.subset.index,
         "size": list(sample.transform.source),
-        "caption": captions.preview(sample.captions, sample.subset),
+        "caption": captions.preview(sample.captions, sample.subset, mask_captions.left_out(sample)),
         "is_reg": sample.is_reg,
         "num_repeats": sample.num_repeats,
         "bucket": list(sample.transform.target),

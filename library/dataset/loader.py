@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.batch import Batch, Share
 from library.cache.fill import to_images
 from library.cache.store import LatentStore, TextStore
-from library.dataset import captions, geometry, images, looks, plan
+from library.dataset import captions, geometry, images, looks, mask_captions, plan
 from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
@@ -136,6 +136,7 @@ class DrawnImages(DrawsDataset):
         if self.store is None:
             image, sample, weight = images.of_sample(sample, seed=f"{seed} {draw.epoch} {draw.repeat}")
         is_masked = looks.is_shown_masked(sample, plan.rng(seed, draw, f"{name} mask"))
+        is_whole = image is not None and sample.give is not None and image.alpha is None  # a class may give no mask
         caption = captions.compose(
             sample.captions,
             sample.subset,
@@ -143,6 +144,7 @@ class DrawnImages(DrawsDataset):
             epoch=draw.epoch,
             step=draw.step,
             max_train_steps=self._settings.max_train_steps,
+            left_out=mask_captions.left_out(sample) if is_masked and not is_whole else captions.NO_TAGS,
         )
         face = None if self.store is not None else geometry.face_in_name(sample.path)
         choices = looks.looks_of(sample)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dataset import buckets, captions, files, metadata_file, pairing, split
+from library.dataset import buckets, captions, files, mask_captions, metadata_file, pairing, shares, split
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
 from library.dataset.geometry import Size, Transform
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NO_MASK = MaskSource("none")
 Lines = tuple[str, ...]  # of a caption
+Written = dict[Path, Lines | DataError | None]  # captions as the files say, by image
 
 
 @dataclass(frozen=True)
@@ -75,47 +76,24 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
             message = f"{folder}: datasets[{number}] has only regularisation images. Add a subset without is_reg."
             findings.error(folder, message)
     findings.problems += _surplus_masks(findings)
-    samples, validation = _divided(found, findings)
+    samples, validation, shared = shares.divide(found)
+    findings.problems += shared
+    findings.problems += mask_captions.problems([*samples, *validation])
     problems = tuple(dict.fromkeys(findings.problems))  # two datasets may share a folder
     return Scan(tuple(samples), problems, tuple(validation))
-
-
-def _divided(datasets: Sequence[Sequence[Sample]], findings: _Findings) -> tuple[list[Sample], list[Sample]]:
-    """Return the samples to be trained on, balanced, and those held back.
-
-    An image that is held back anywhere is trained on nowhere, whatever way its folder is named in another subset.
-    """
-    validation = [sample for samples in datasets for sample in samples if sample.is_validation]
-    if not validation:
-        return [sample for samples in datasets for sample in _balanced(samples)], []
-    folders = {folder: folder.resolve() for folder in {s.path.parent for samples in datasets for s in samples}}
-
-    def identity(sample: Sample) -> Path:
-        path = folders[sample.path.parent] / sample.path.name
-        return path.resolve() if path.is_symlink() else path
-
-    held = {identity(sample) for sample in validation}
-    trained: list[Sample] = []
-    for samples in datasets:
-        trained += _balanced([sample for sample in samples if identity(sample) not in held])
-    shared = {s.path for samples in datasets for s in samples if identity(s) in held and not s.is_validation}
-    for path in sorted(shared):
-        joint = Joint("images are held back for validation in one subset, so others do not train on them", path.name)
-        message = f"{path}: held back for validation in one subset, so no other trains on it."
-        findings.problems.append(Problem("warning", path, message, joint))
-    return trained, validation
 
 
 def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, findings: _Findings) -> list[Sample]:
     """Return the subset's samples, with its own number of repeats."""
     scan_source = _scan_folder if subset.metadata_file is None else _scan_metadata_file
     try:
-        headers, texts = scan_source(subset, findings)
+        headers, written = scan_source(subset, findings)
     except DataError as error:
         findings.error(subset.source, str(error))
         return []
     readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
+    texts = _captions(written | _beside_masks(masks, subset, findings), subset, findings)
     held = split.held_back(readable, subset.validation_split, subset.validation_seed)
     if subset.validation_split and len(held) in (0, len(readable)):
         message = (
@@ -141,21 +119,23 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
     ]
 
 
-def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
+def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], Written]:
     """Return headers and captions of the images in the subset's folder. Raises: DataError if there are none."""
     images = files.list_images(subset.image_dir)
     if not images:
         raise DataError(f"{subset.image_dir}: has no images. Known are {', '.join(files.image_extensions())}.")
     known = files.load_info(subset.image_dir) if subset.cache_info else {}
     headers = _headers(images, findings, known)
-    written = files.read_all(partial(captions.read, subset=subset), list(headers))
-    texts = _captions(dict(zip(headers, written, strict=True)), subset, findings)
+    found = files.read_all(partial(captions.read, subset=subset), list(headers))
+    written: Written = dict(zip(headers, found, strict=True))
     if subset.cache_info and known != headers:
-        files.save_info(subset.image_dir, headers, {image: "\n".join(lines) for image, lines in texts.items()})
-    return headers, texts
+        kept = {image: lines or (subset.class_tokens or "",) for image, lines in written.items()}
+        texts = {image: "\n".join(lines) for image, lines in kept.items() if not isinstance(lines, DataError)}
+        files.save_info(subset.image_dir, headers, texts)
+    return headers, written
 
 
-def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
+def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], Written]:
     """Return headers and captions of the images in the subset's metadata file. Raises: DataError if there are none."""
     file = subset.source
     content = metadata_file.read(file, subset)
@@ -170,7 +150,7 @@ def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict
     if outdated:
         message = f"{file}: image_size of {len(outdated)} images is not the file's own, which is used: "
         findings.problems.append(Problem("warning", file, f"{message}{listed(outdated)}."))
-    return headers, _captions({path: entries[path].captions for path in headers}, subset, findings)
+    return headers, {path: entries[path].captions for path in headers}
 
 
 def _has_size(header: Header, size: Size | None) -> bool:
@@ -209,9 +189,17 @@ def _headers(
     return {path: findings.headers[path] for path in paths if path in findings.headers}
 
 
-def _captions(
-    written: Mapping[Path, Lines | DataError | None], subset: SubsetConfig, findings: _Findings
-) -> dict[Path, Lines]:
+def _beside_masks(masks: Mapping[Path, MaskSource], subset: SubsetConfig, findings: _Findings) -> Written:
+    """Return the captions that replace those of the images whose masks have one beside them."""
+    if not subset.mask_captions:
+        return {}
+    found: Written = dict(mask_captions.beside(masks, subset))
+    if not found and any(mask.path is not None for mask in masks.values()):
+        findings.problems.append(mask_captions.nothing_beside(masks, subset))
+    return found
+
+
+def _captions(written: Written, subset: SubsetConfig, findings: _Findings) -> dict[Path, Lines]:
     texts: dict[Path, Lines] = {}
     without: list[Path] = []
     for image, lines in written.items():
@@ -358,29 +346,6 @@ def _surplus_masks(findings: _Findings) -> Iterable[Problem]:
             if mask.stem not in findings.stems[folder]:
                 joint = Joint(f"masks in {folder} are not used, no image has their name", mask.name)
                 yield Problem("warning", mask, f"{mask}: not used, no image has this name.", joint)
-
-
-def _balanced(samples: Sequence[Sample]) -> list[Sample]:
-    """Return samples with regularisation images repeated, or left out, until they are as many as the others.
-
-    In order, each with its own repeats, until the others' number is reached; the rest are not used. If they are too
-    few, each gets one repeat more, in order and again, until it is reached.
-    """
-    regular = [sample for sample in samples if not sample.is_reg]
-    wanted = sum(sample.num_repeats for sample in regular)
-    chosen: list[Sample] = []
-    total = 0
-    for sample in samples:
-        if sample.is_reg and total < wanted:
-            chosen.append(sample)
-            total += sample.num_repeats
-    if not chosen:
-        return regular
-    rounds, rest = divmod(max(0, wanted - total), len(chosen))
-    return regular + [
-        replace(sample, num_repeats=sample.num_repeats + rounds + (number < rest))
-        for number, sample in enumerate(chosen)
-    ]
 
 
 def check_masked_loss(masked_loss: bool, samples: Sequence[Sample]) -> None:
