@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from library.dataset import geometry
-from library.dataset.geometry import Pixels, Transform
+from library.dataset.geometry import Box, Pixels, Transform
 from library.errors import DataError
 from library.masks import MaskSource, Sums, shrink, to_array
 
@@ -46,6 +46,7 @@ class Given:
     transform: Transform  # into the bucket, cut in the middle
     weight: float  # of its loss
     has_mask: bool  # which may be None, for a picture that is learnt whole
+    region: Box | None = None  # that its mask lets be learnt, in its pixels, where that is asked for
 
 
 def of_sample(sample: Sample, *, seed: str = "") -> tuple[Decoded, Sample, float]:
@@ -64,9 +65,10 @@ def of_sample(sample: Sample, *, seed: str = "") -> tuple[Decoded, Sample, float
     given = sample.give(seed)
     if given.transform.target != sample.transform.target:
         raise DataError(f"{sample.path}: its image is not as large as the size() of its class says.")
-    if given.has_mask and sample.mask.kind == "none":
+    if given.has_mask and sample.mask.kind in ("none", "padding"):
         raise DataError(f'{sample.path}: has a mask, and the first picture has none. Let that have "mask": None.')
-    return given.image, replace(sample, captions=given.captions, transform=given.transform), given.weight
+    shown = replace(sample, captions=given.captions, transform=given.transform, region=given.region)
+    return given.image, shown, given.weight
 
 
 def read_image(path: Path, *, want_alpha: bool) -> Decoded:

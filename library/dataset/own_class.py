@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from library.dataset import buckets, scan
+from library.dataset import buckets, framing, placement, regions, scan
 from library.dataset.config import DatasetConfig
 from library.dataset.geometry import Pixels, Size, Transform
 from library.dataset.images import Decoded, Given
@@ -72,9 +72,11 @@ class OwnClass:
         subset = self.config.subsets[0]
         lines = [line.strip() for line in item["caption"].split("\n")]
         captions = tuple(line for line in lines if line) or ("",) if subset.enable_wildcard else (lines[0],)
-        transform = buckets.assign(self.config, subset, (rgb.shape[1], rgb.shape[0]))
+        size = (rgb.shape[1], rgb.shape[0])
+        region = regions.of_mask(mask, size) if mask is not None and regions.are_needed(subset) else None
+        transform = framing.assign(self.config, subset, size, region, is_bucket_fixed=self.config.enable_bucket)
         weight = _weight(item.get("weight", 1.0), place)
-        return Given(Decoded(rgb, mask), captions, transform, weight, has_mask="mask" in item)
+        return Given(Decoded(rgb, mask), captions, transform, weight, has_mask="mask" in item, region=region)
 
     def _of_user(self, call: Any, what: str) -> Any:
         try:
@@ -132,7 +134,7 @@ def scan_class(name: str, config: DatasetConfig, *, max_token_length: int | None
             num_repeats=subset.num_repeats,
             orientation=1,
             transform=_transform(own, index, has_sizes),
-            mask=mask,
+            mask=placement.mask_of(mask, subset.random_placement),
             give=partial(own.give, index),
         )
         for index in range(count)
