@@ -11,6 +11,7 @@ import numpy as np
 
 from library.dataset import files, images
 from library.dataset.geometry import Box, Pixels, Size
+from library.dataset.images import Decoded
 from library.dataset.problems import Problem
 from library.errors import DataError
 from library.masks import MaskSource
@@ -56,12 +57,12 @@ def read(path: Path, source: MaskSource, size: Size) -> Box | None:
 
     Raises: DataError for a mask that cannot be read.
     """
-    mask: Pixels | None = None
-    if source.kind == "file":
-        assert source.path is not None
-        mask = images.read_mask(source.path)
-    elif source.kind == "alpha":
-        mask = images.read_image(path, want_alpha=True).alpha
+    return of_image(images.read_image(path, want_alpha=True) if source.kind == "alpha" else None, source, size)
+
+
+def of_image(image: Decoded | None, source: MaskSource, size: Size) -> Box | None:
+    """Return the weighted region by a mask as it is shaped; see images.mask_of. Raises: DataError."""
+    mask = images.mask_of(image, source, size)
     return None if mask is None else of_mask(mask, size)
 
 

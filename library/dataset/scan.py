@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -366,7 +366,7 @@ def _surplus_masks(findings: _Findings) -> Iterable[Problem]:
 
 def check_masked_loss(masked_loss: bool, samples: Sequence[Sample]) -> None:
     """Raise OptionError if --masked_loss is asked for and no sample has a mask."""
-    if masked_loss and all(sample.mask.kind in ("none", "padding") for sample in samples):
+    if masked_loss and all(not sample.mask.is_given for sample in samples):
         raise OptionError(
             f"--masked_loss: none of the {len(samples)} images has a mask. Set conditioning_data_dir or alpha_mask "
             "in a subset of the dataset config, or leave --masked_loss out."
