@@ -62,7 +62,14 @@ def _turned_extents(size: Size, angle: float) -> tuple[float, float]:
     return size[0] * cosine + size[1] * sine, size[0] * sine + size[1] * cosine
 
 
-def draw(transform: Transform, settings: PlacementSettings, rng: random.Random, region: Box | None) -> Transform:
+def draw(
+    transform: Transform,
+    settings: PlacementSettings,
+    rng: random.Random,
+    region: Box | None,
+    *,
+    spread: float = 1.0,
+) -> Transform:
     """Return transform with the picture placed at random in its bucket.
 
     A side that fits into the bucket stays whole; of one that does not, the bucket shows a part without free canvas.
@@ -73,6 +80,7 @@ def draw(transform: Transform, settings: PlacementSettings, rng: random.Random, 
         settings: what the subset asks for.
         rng: of this draw, or of this variant.
         region: the weighted region in pixels of the source; None: all of it.
+        spread: share of the places, round the middle, among which one is drawn.
     """
     source, target = transform.source, transform.target
     least, most = settings.placement_scale
@@ -85,13 +93,20 @@ def draw(transform: Transform, settings: PlacementSettings, rng: random.Random, 
         resized = (max(1, int(source[0] * fit * scale + 0.5)), max(1, int(source[1] * fit * scale + 0.5)))
         placed = replace(transform, resized=resized, placement=Placement(angle), reach=None)
         canvas = turned_size(resized, angle)
-        ranges = [sorted((0, canvas[axis] - target[axis])) for axis in (0, 1)]
+        ranges = [_starts(canvas[axis] - target[axis], spread) for axis in (0, 1)]
         for _ in range(TRIES):
             crop = (rng.randint(*ranges[0]), rng.randint(*ranges[1]))
             found = replace(placed, crop=crop)
             if scale <= 1 or share_seen(found, box) >= LEAST_KEPT:
                 return found
         scale = max(1.0, scale * SMALLER)  # at 1 all of it is seen
+
+
+def _starts(room: int, spread: float) -> tuple[int, int]:
+    """Return the least and the most start of the cut on a canvas that is larger than the bucket by room, or smaller."""
+    least, most = sorted((0, room))
+    inwards = int((most - least) / 2 * (1 - spread) + 0.5)
+    return min(least + inwards, (least + most) // 2), max(most - inwards, (least + most) // 2)
 
 
 def share_seen(transform: Transform, box: Box) -> float:
@@ -147,9 +162,12 @@ def mean_colour(rgb: Pixels, weights: Pixels) -> npt.NDArray[np.float64]:
     return np.asarray(np.einsum("hwc,hw->c", rgb, weights, dtype=np.float64, casting="unsafe") / total)
 
 
-def over_canvas(rgb: Pixels, coverage: Pixels, colour: npt.NDArray[np.float64]) -> Pixels:
-    """Return pixels (H, W, 3) with a colour (3,) where coverage (H, W), 0 to 255, says that they are not there."""
-    if coverage.all() and int(coverage.min()) == 255:
+def over_canvas(rgb: Pixels, coverage: Pixels, canvas: npt.NDArray[np.float64] | Pixels) -> Pixels:
+    """Return pixels (H, W, 3) over a canvas, seen where coverage (H, W), 0 to 255, says that they are not there.
+
+    The canvas is a colour (3,), or pixels (H, W, 3).
+    """
+    if int(coverage.min()) == 255:
         return rgb
     share = (coverage.astype(np.float32) / 255)[..., None]
-    return np.rint(rgb * share + colour.astype(np.float32) * (1 - share)).astype(np.uint8)
+    return np.rint(rgb * share + canvas.astype(np.float32) * (1 - share)).astype(np.uint8)
