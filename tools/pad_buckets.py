@@ -51,8 +51,10 @@ class PadOptions:
     min_bucket_reso: int = option(256, "Shortest side of a bucket.", bounds=Bounds(min=1))
     max_bucket_reso: int = option(1024, "Longest side of a bucket.", bounds=Bounds(min=1))
     bucket_reso_steps: int = option(64, "Sides of buckets are multiples of it.", bounds=Bounds(min=8))
-    bucket: str = option(
-        "random", "Take any bucket, or the one nearest to the picture's shape.", choices=("random", "nearest")
+    bucket_aspect: float = option(
+        1.5,
+        "How many times wider or narrower than its picture a bucket may be; 1 takes the nearest one.",
+        bounds=Bounds(min=1),
     )
     scale: str = option("0.5,1.0", "MIN,MAX of the scale; 1 fits the whole picture into its bucket, more cuts it.")
     shift: float = option(
@@ -63,6 +65,7 @@ class PadOptions:
     fill: str = option(
         "mean", "What the free canvas shows: mean (the picture's colour), extend, noise, or a colour like #808080."
     )
+    fill_masked: bool = option(False, "Fill what is masked out of the pictures as well, not only the free canvas.")
     seed: int = option(0, "Of all draws: the same picture gets the same copies, whatever else is there.")
     overwrite: bool = option(False, "Make copies again that are there.")
     sheet: str | None = option(
@@ -125,12 +128,13 @@ def settings_of(options: PadOptions) -> PadSettings:
         )
     return PadSettings(
         buckets=buckets.sizes_of_area(resolution, shortest, longest, step),
-        is_bucket_drawn=options.bucket == "random",
+        bucket_aspect=options.bucket_aspect,
         placement_scale=read_range(options.scale),
         placement_rotate=options.rotate,
         shift=options.shift,
         crop=read_range(options.crop),
         fill=options.fill,
+        fill_masked=options.fill_masked,
         seed=options.seed,
     )
 

@@ -30,12 +30,13 @@ class PadSettings:
     """How pictures are placed."""
 
     buckets: tuple[Size, ...]
-    is_bucket_drawn: bool = True  # False: the one of nearest aspect
+    bucket_aspect: float = 1.5  # how many times wider or narrower than the picture a bucket may be
     placement_scale: tuple[float, float] = (0.5, 1.0)  # 1 just fits the picture into the bucket
     placement_rotate: float = 0.0  # degrees, either way
     shift: float = 1.0  # share of the free room in which the picture stands, round the middle
     crop: tuple[float, float] = (1.0, 1.0)  # share of each of its sides that is kept, least and most
     fill: str = "mean"  # of the canvas that is left free: mean, extend, noise or a colour
+    fill_masked: bool = False  # and of what is masked out of the picture
     seed: int = 0
 
 
@@ -145,11 +146,16 @@ def make(copy: PaddedCopy, settings: PadSettings) -> None:
     image, mask = read(copy.original)
     draws = random.Random(f"pad {settings.seed} {_name(copy)}")
     transform, image, mask = draw(image, mask, settings, draws)
+    rgb = image.rgb
+    if settings.fill_masked and mask is not None:  # before it is resized: what is masked out touches nothing else
+        rgb = np.where(mask[..., None] > 0, rgb, np.rint(_canvas(rgb, mask, settings, _name(copy)))).astype(np.uint8)
     coverage = geometry.coverage(transform)
     shown_mask = coverage if mask is None else geometry.apply(transform, mask)
-    pixels = geometry.apply(transform, image.rgb)
+    pixels = geometry.apply(transform, rgb)
     canvas = _canvas(pixels, shown_mask if shown_mask.any() else coverage, settings, _name(copy))
     pixels = placement.over_canvas(pixels, coverage, canvas)
+    if settings.fill_masked:
+        pixels = np.where(shown_mask[..., None] > 0, pixels, np.rint(canvas)).astype(np.uint8)
     if copy.mask is None:
         pixels = np.dstack((pixels, shown_mask))
     else:
@@ -179,9 +185,7 @@ def draw(
 ) -> tuple[Transform, Decoded, Pixels | None]:
     """Return where a picture is placed, and the part of it that is, with the same part of its mask."""
     height, width = image.rgb.shape[:2]
-    target = draws.choice(settings.buckets)
-    if not settings.is_bucket_drawn:
-        target = buckets.choose((width, height), settings.buckets)
+    target = draws.choice(_buckets_of((width, height), settings))
     region = None if mask is None else regions.of_mask(mask, (width, height))
     if settings.crop[0] < 1:
         left, top, right, bottom = _cut_out((width, height), region, settings.crop, draws)
@@ -191,6 +195,14 @@ def draw(
         region = None if mask is None else regions.of_mask(mask, (width, height))
     plain = Transform((width, height), target, (0, 0), target)
     return placement.draw(plain, settings, draws, region, spread=settings.shift), image, mask
+
+
+def _buckets_of(size: Size, settings: PadSettings) -> list[Size]:
+    """Return the buckets for a picture: those that are not much wider or narrower than it, the nearest at least."""
+    nearest = buckets.choose(size, settings.buckets)
+    aspect = size[0] / size[1]
+    limits = (aspect / settings.bucket_aspect, aspect * settings.bucket_aspect)
+    return [each for each in settings.buckets if each == nearest or limits[0] <= each[0] / each[1] <= limits[1]]
 
 
 def _cut_out(size: Size, region: Box | None, shares: tuple[float, float], draws: random.Random) -> Box:
