@@ -12,7 +12,7 @@ from PIL import Image
 
 from library.dataset import geometry, images, looks, placement, scan
 from library.dataset.config import DatasetConfig, SubsetConfig
-from library.dataset.contradictions import check
+from library.dataset.cut_settings import check
 from library.dataset.geometry import Transform, size_conditioning
 from library.dataset.images import Decoded
 from library.dataset.latents import build_store
@@ -298,7 +298,7 @@ def test_the_region_is_known_where_the_picture_may_be_larger_than_the_bucket(tmp
 )
 def test_two_settings_that_both_choose_the_cut_are_refused(keys, names):
     with pytest.raises(OptionError, match=names):
-        check(SubsetConfig(Path("images"), **keys), "datasets[0].subsets[0]")
+        check("datasets[0].subsets[0]", SubsetConfig(Path("images"), **keys))
 
 
 @pytest.mark.parametrize(
@@ -311,5 +311,5 @@ def test_two_settings_that_both_choose_the_cut_are_refused(keys, names):
     ],
 )
 def test_a_setting_without_the_switch_it_belongs_to_is_warned_about(keys, needed, caplog):
-    check(SubsetConfig(Path("images"), **keys), "datasets[0].subsets[0]")
+    check("datasets[0].subsets[0]", SubsetConfig(Path("images"), **keys))
     assert f"{next(iter(keys))} has no effect without {needed}" in caplog.text

@@ -1,4 +1,4 @@
-"""Settings of a subset that contradict each other, or have no effect without another."""
+"""What the settings of a subset that choose its cuts demand of each other."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PARTS = {
 }
 
 
-def check(subset: SubsetConfig, place: str) -> None:
+def check(place: str, subset: SubsetConfig) -> None:
     """Warn of settings without effect, and refuse those of which only one can be honoured.
 
     Args:
-        subset: all of its settings.
-        place: where they are written, for messages.
+        place: of the subset, for messages.
+        subset: resolved.
 
     Raises: OptionError.
     """
