@@ -9,10 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dataset import buckets, captions, files, mask_captions, metadata_file, pairing, shares, split
+from library.dataset import (
+    captions,
+    files,
+    framing,
+    mask_captions,
+    metadata_file,
+    pairing,
+    placement,
+    regions,
+    shares,
+    split,
+)
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
-from library.dataset.geometry import Size, Transform
+from library.dataset.geometry import Box, Size, Transform
 from library.dataset.problems import MOST_NAMES, Joint, Problem, listed
 from library.errors import DataError, OptionError
 from library.masks import MaskSource
@@ -38,6 +49,7 @@ class Sample:
     orientation: int  # EXIF, 1 to 8
     transform: Transform  # into the bucket, cut in the middle
     mask: MaskSource
+    region: Box | None = None  # what the mask lets be learnt, in pixels of the image; None: not asked for, or nothing
     is_validation: bool = False  # held back from training; num_repeats is 1 then
     give: Callable[[str], Given] | None = field(default=None, compare=False, repr=False)  # of the user's class: by seed
 
@@ -76,6 +88,7 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
             message = f"{folder}: datasets[{number}] has only regularisation images. Add a subset without is_reg."
             findings.error(folder, message)
     findings.problems += _surplus_masks(findings)
+    findings.problems += framing.cut_off(sample for samples in found for sample in samples)
     samples, validation, shared = shares.divide(found)
     findings.problems += shared
     findings.problems += mask_captions.problems([*samples, *validation])
@@ -94,6 +107,7 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
     readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
     texts = _captions(written | _beside_masks(masks, subset, findings), subset, findings)
+    boxes = regions.of_subset(subset, masks, {image: headers[image].size for image in masks}, findings.problems)
     held = split.held_back(readable, subset.validation_split, subset.validation_seed)
     if subset.validation_split and len(held) in (0, len(readable)):
         message = (
@@ -110,8 +124,9 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
             is_reg=subset.is_reg,
             num_repeats=1 if image in held else subset.num_repeats,
             orientation=headers[image].orientation,
-            transform=buckets.assign(config, subset, headers[image].size),
-            mask=masks[image],
+            transform=framing.assign(config, subset, headers[image].size, boxes.get(image)),
+            mask=placement.mask_of(masks[image], subset.random_placement),
+            region=boxes.get(image),
             is_validation=image in held,
         )
         for image in readable
@@ -350,7 +365,7 @@ def _surplus_masks(findings: _Findings) -> Iterable[Problem]:
 
 def check_masked_loss(masked_loss: bool, samples: Sequence[Sample]) -> None:
     """Raise OptionError if --masked_loss is asked for and no sample has a mask."""
-    if masked_loss and all(sample.mask.kind == "none" for sample in samples):
+    if masked_loss and all(not sample.mask.is_given for sample in samples):
         raise OptionError(
             f"--masked_loss: none of the {len(samples)} images has a mask. Set conditioning_data_dir or alpha_mask "
             "in a subset of the dataset config, or leave --masked_loss out."
