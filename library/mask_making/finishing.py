@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from library import mask_shaping
 from library.dataset.geometry import Pixels
 from library.mask_making.pictures import LEARNT, MASKED_OUT
 
@@ -35,12 +36,12 @@ def finish(mask: Pixels, how: Finish) -> Pixels:
     if how.fill_holes:
         mask = without_holes(mask)
     if how.invert:
-        mask = 255 - mask
+        mask = np.asarray(255 - mask, np.uint8)
     if how.shrink:
-        mask = 255 - grown(255 - mask, how.shrink)
+        mask = mask_shaping.erode(mask, how.shrink)
     if how.grow:
-        mask = grown(mask, how.grow)
-    return blurred(mask, how.blur) if how.blur else mask
+        mask = mask_shaping.dilate(mask, how.grow)
+    return mask_shaping.feather(mask, how.blur) if how.blur else mask
 
 
 def without_small_spots(mask: Pixels, area: float) -> Pixels:
@@ -71,20 +72,6 @@ def without_holes(mask: Pixels) -> Pixels:
         outside[edge] = True
     outside[0] = True  # what is above half keeps its grey
     return np.where(outside[labels], mask, LEARNT).astype(np.uint8)
-
-
-def grown(mask: Pixels, radius: float) -> Pixels:
-    """Return the greatest value within radius pixels of each pixel."""
-    side = int(np.ceil(radius))
-    steps = np.arange(-side, side + 1)
-    disc = (steps[:, None] ** 2 + steps**2 <= radius**2).astype(np.uint8)
-    return np.asarray(cv2.dilate(mask, disc), np.uint8)
-
-
-def blurred(mask: Pixels, width: float) -> Pixels:
-    """Return mask with edges that go from black to white over about width pixels, half where they were."""
-    # A step under a Gaussian of this sigma takes width pixels from 2.5 to 97.5 %.
-    return np.asarray(cv2.GaussianBlur(mask, (0, 0), width / 4, borderType=cv2.BORDER_REPLICATE), np.uint8)
 
 
 def combined(new: Pixels, old: Pixels | None, how: str) -> Pixels:

@@ -74,8 +74,8 @@ def _read_onnx(path: Path, data: memoryview) -> NetworkFile:
     pictures = [each for each in inputs if _text(each, 1) not in weights]
     if len(pictures) != 1 or not outputs:
         raise CheckpointError(
-            f"--model {path}: takes {len(pictures)} inputs and gives {len(outputs)} outputs. Give a segmentation model, "
-            "which takes one picture."
+            f"--model {path}: takes {len(pictures)} inputs and gives {len(outputs)} outputs. "
+            "Give a segmentation model, which takes one picture."
         )
     tensor = _only(_only(pictures[0], 2), 1)  # ValueInfoProto.type, TypeProto.tensor_type
     kinds = [value for number, value in _fields(tensor) if number == 1]

@@ -22,7 +22,7 @@ BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     "batch_size": ("model",),
 }
 TOLERANCE = 10  # levels of 255: what JPEG does to a flat area
-PRESET_NAMES = ("u2net", "isnet", "selfie")
+PRESET_NAMES = ("u2net", "isnet", "anime", "selfie")
 ENGINES = ("onnxruntime", "opencv")
 
 
@@ -64,7 +64,7 @@ class SourceOptions:
     learn_boxes: bool = option(False, "With --boxes: learn the boxes, and mask out all else.")
     preset: str | None = option(
         None,
-        "With --model: how pictures are prepared for it. Unset: recognised from the size of its input.",
+        "With --model: how pictures are prepared for it. Unset: recognised from the input that its file has.",
         choices=PRESET_NAMES,
     )
     engine: str | None = option(

@@ -23,7 +23,6 @@ COLUMNS = 2  # pictures side by side, each three times
 CHECKS = 12  # side of the squares under transparent pixels
 CHECK_GREYS = (150, 190)
 ALERT = (255, 170, 60)
-WIDTH, HEIGHT = 3 * SIDE + 2 * GAP, SIDE + 2 * LINE_HEIGHT + GAP
 
 
 def chosen(outcomes: Sequence[Outcome], most: int = MOST_PICTURES) -> list[Outcome]:
@@ -44,16 +43,19 @@ def draw(outcomes: Sequence[Outcome], path: Path, *, columns: int = COLUMNS, sid
     there = sum(each.state != "failed" for each in outcomes)
     heading = LINE_HEIGHT + GAP
     columns = max(1, min(columns, len(parts)))
-    width, height = 3 * side + 2 * GAP, side + 2 * LINE_HEIGHT + GAP
-    size = (columns * (width + 2 * GAP) + GAP, -(-len(parts) // columns) * (height + GAP) + heading + GAP)
-    sheet = Image.new("RGB", size, BACKGROUND)
+    width = 3 * side + 2 * GAP
+    rows = [parts[start : start + columns] for start in range(0, len(parts), columns)]
+    height = sum(max(cell.height for cell in row) + GAP for row in rows)
+    sheet = Image.new("RGB", (columns * (width + 2 * GAP) + GAP, heading + height + GAP), BACKGROUND)
     title = "Picture, mask (white is learnt), and the picture: red is not learnt."
     if len(parts) < there:
         title = f"{len(parts)} of {there} masks, the doubtful ones first. {title}"
     ImageDraw.Draw(sheet).text((GAP, GAP // 2), title, INK, _font())
-    for number, cell in enumerate(parts):
-        row, column = divmod(number, columns)
-        sheet.paste(cell, (GAP + column * (width + 2 * GAP), heading + row * (height + GAP)))
+    top = heading
+    for row in rows:
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (GAP + column * (width + 2 * GAP), top))
+        top += max(cell.height for cell in row) + GAP
     try:
         with whole_file(path) as partial_path:
             sheet.save(partial_path, format="PNG")
@@ -74,17 +76,17 @@ def _cell(outcome: Outcome, *, side: int) -> Image.Image:
     # BOX keeps the share of a thin line; it is also how a mask comes to latent size
     grey = Image.fromarray(mask).resize(small.size, Image.Resampling.BOX)
     veiled = contact_sheet.veiled(np.asarray(small), np.asarray(grey, np.float32) / np.float32(255))
-    cell = Image.new("RGB", (3 * side + 2 * GAP, side + 2 * LINE_HEIGHT + GAP), BACKGROUND)
+    cell = Image.new("RGB", (3 * side + 2 * GAP, small.height + 2 * LINE_HEIGHT + GAP), BACKGROUND)
     for number, part in enumerate((small, grey.convert("RGB"), Image.fromarray(veiled))):
         left = number * (side + GAP) + (side - part.width) // 2
-        cell.paste(part, (left, (side - part.height) // 2))
+        cell.paste(part, (left, 0))
     canvas = ImageDraw.Draw(cell)
     height, width = mask.shape
-    canvas.text((0, side + 4), _cut(f"{outcome.job.name}  {width}x{height}", cell.width), INK, _font())
+    canvas.text((0, small.height + 4), _cut(f"{outcome.job.name}  {width}x{height}", cell.width), INK, _font())
     words = [f"{learnt:.1%} is learnt", outcome.fault, outcome.doubt, "kept" * (outcome.state == "kept")]
     ink = ALERT if is_suspicious(outcome) else PALE_INK
     text = ", ".join(filter(None, words))
-    canvas.text((0, side + 4 + LINE_HEIGHT), _cut(text, cell.width), ink, _font())
+    canvas.text((0, small.height + 4 + LINE_HEIGHT), _cut(text, cell.width), ink, _font())
     return cell
 
 

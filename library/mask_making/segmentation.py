@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from library.dataset.geometry import Size
 from library.errors import CheckpointError, OptionError
 from library.mask_making.model_files import NetworkFile, read_network_file
 from library.mask_making.pictures import Drawn, Picture, Source
@@ -26,6 +28,9 @@ Floats = npt.NDArray[np.float32]
 Run = Callable[[Floats], Floats]  # (B, 3, H, W) or (B, H, W, 3), as the file has it -> (B, H, W)
 
 PAPER = 255  # what a model sees where a picture is transparent: white
+ANIME_INPUT = "img"  # of no other model that is known here
+UNSURE = (0.25, 0.75)  # answers between these say neither yes nor no
+MOSTLY = 0.5  # of what is not masked out
 FAINT = 0.1  # an answer that is nowhere stronger says that nothing was found
 
 
@@ -38,6 +43,7 @@ class Preset:
     std: tuple[float, float, float]  # they are divided by it then
     by_brightest: bool  # 1 is the picture's brightest value, not 255
     stretch: bool  # the answer's range is stretched to 0..1
+    is_whole: bool = False  # pictures keep their proportions, and black fills the rest of what the model sees
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -45,17 +51,21 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         # github.com/xuebinqin/U-2-Net: ToTensorLab of data_loader.py, and normPRED of u2net_test.py
         "u2net": Preset((320, 320), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), by_brightest=True, stretch=True),
         # github.com/xuebinqin/DIS: IS-Net/Inference.py
-        "isnet": Preset((1024, 1024), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), by_brightest=False, stretch=True),
+        "isnet": Preset((1024, 1024), (0.5,) * 3, (1.0,) * 3, by_brightest=False, stretch=True),
+        # github.com/SkyTNT/anime-segmentation: get_mask of its demo
+        "anime": Preset((1024, 1024), (0.0,) * 3, (1.0,) * 3, by_brightest=False, stretch=False, is_whole=True),
         # MediaPipe, selfie_segmentation_cpu.pbtxt: output_tensor_float_range 0..1, activation none
-        "selfie": Preset((256, 256), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), by_brightest=False, stretch=False),
+        "selfie": Preset((256, 256), (0.0,) * 3, (1.0,) * 3, by_brightest=False, stretch=False),
     }
 )
 
 
 def recognise(file: NetworkFile) -> str:
-    """Return the name of the preset that the size of a file's input tells. Raises: OptionError."""
+    """Return the name of the preset that a file's input tells. Raises: OptionError."""
     if file.channels_last:
         return "selfie"
+    if file.input_name == ANIME_INPUT:
+        return "anime"
     for name in ("u2net", "isnet"):
         if file.size == PRESETS[name].size:
             return name
@@ -123,10 +133,23 @@ def prepare(picture: Picture, size: tuple[int, int], how: Preset, channels_last:
     if picture.alpha is not None:
         opaque = picture.alpha[..., None].astype(np.float32) / 255
         rgb = np.rint(rgb * opaque + PAPER * (1 - opaque)).astype(np.uint8)
-    small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS), np.float32)
+    left, top, right, bottom = part_seen((rgb.shape[1], rgb.shape[0]), size, how)
+    small = np.zeros((size[1], size[0], 3), np.float32)
+    resized = Image.fromarray(rgb).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+    small[top:bottom, left:right] = np.asarray(resized)
     small /= max(float(small.max()), 1.0) if how.by_brightest else 255.0
     normal = (small - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
     return np.ascontiguousarray(normal if channels_last else normal.transpose(2, 0, 1), np.float32)
+
+
+def part_seen(picture: Size, size: Size, how: Preset) -> tuple[int, int, int, int]:
+    """Return where in what a model sees, of a size (width, height), the picture is: (left, top, right, bottom)."""
+    if not how.is_whole:
+        return 0, 0, *size
+    scale = min(size[0] / picture[0], size[1] / picture[1])
+    width, height = (max(1, int(side * scale + 1e-6)) for side in picture)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return left, top, left + width, top + height
 
 
 def read_answer(answer: Floats, picture: Picture, how: Preset) -> Drawn:
@@ -140,9 +163,19 @@ def read_answer(answer: Floats, picture: Picture, how: Preset) -> Drawn:
     elif how.stretch and high > low:
         answer = (answer - low) / (high - low)
     height, width = picture.rgb.shape[:2]
+    left, top, right, bottom = part_seen((width, height), (answer.shape[1], answer.shape[0]), how)
+    answer = answer[top:bottom, left:right]
+    if not doubt and (share := share_unsure(answer)) > MOSTLY:
+        doubt = f"the model is unsure of {share:.0%} of what it found"
     smaller = width * height < answer.size
     full = cv2.resize(answer, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
     return Drawn(np.rint(full.clip(0, 1) * 255).astype(np.uint8), doubt)
+
+
+def share_unsure(answer: Floats) -> float:
+    """Return how much of what is not masked out is grey."""
+    not_out = int((answer >= UNSURE[0]).sum())
+    return float(((answer >= UNSURE[0]) & (answer < UNSURE[1])).sum()) / not_out if not_out else 0.0
 
 
 def _maps(output: Floats, channels_last: bool, file: NetworkFile) -> Floats:
@@ -161,11 +194,23 @@ def _maps(output: Floats, channels_last: bool, file: NetworkFile) -> Floats:
     return np.ascontiguousarray(maps, np.float32)
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep OpenCV from telling what it thinks of a file's shapes, which it then gets right."""
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+
+
 def _opencv(file: NetworkFile) -> Run:
     """Return what runs a file by OpenCV. Raises: CheckpointError."""
     try:
         read = cv2.dnn.readNetFromTFLite if file.kind == "tflite" else cv2.dnn.readNetFromONNX
-        network = read(str(file.path))
+        with _hushed():
+            network = read(str(file.path))
     except cv2.error as error:
         raise _unusable(file, "OpenCV", error) from None
     # The first output is the finest one. OpenCV names those of ONNX files as the file does.
