@@ -36,6 +36,7 @@ LEVELS = {
     "library.dataset": 5,
     "networks": 5,
     "library.training": 6,
+    "library.mask_making": 6,
     "library.cli": 7,
 }
 ENTRY_LEVEL = 8
