@@ -44,10 +44,11 @@ def check(read: CommandLine) -> int:
 
     Raises: UserError if the options or the config cannot be used, or a file cannot be written.
     """
-    from library.dataset import config, inspection, own_class, summary
+    from library.dataset import config, own_class, summary
     from library.dataset.problems import Problem
     from library.dataset.scan import check_masked_loss
     from library.errors import OptionError
+    from library.inspection import coverage as inspection
 
     options, wanted = read.options, {name: Path(value) for name, value in read.own.items() if value}
     groups = (options.dataset, options.captions, options.masks, options.validation)
