@@ -22,15 +22,45 @@ CELL = 8  # pixels a side that one latent cell stands for, in every family
 FULL = CELL * CELL * 255  # the sum of a white cell
 
 Sums = npt.NDArray[np.uint16]  # (h, w), 0 .. FULL
-MaskKind = Literal["file", "alpha", "own", "none"]
+MaskKind = Literal["file", "alpha", "own", "padding", "none"]
+
+
+@dataclass(frozen=True)
+class MaskShape:
+    """What is done to a mask before it is used, in the order of the fields; see mask_shaping.shape."""
+
+    labels: tuple[tuple[str, float], ...] = ()  # weights in [0, 1] by label; empty: the mask is no label map
+    invert: bool = False
+    erode: float = 0.0  # like the next two, pixels of the image file
+    dilate: float = 0.0
+    feather: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a mask stays what it is."""
+        return self == PLAIN
+
+    def in_words(self) -> str:
+        """Return what tells this shape from others, empty for the plain one: a part of fingerprints."""
+        if self.is_plain:
+            return ""
+        labels = ",".join(f"{label}={weight!r}" for label, weight in self.labels)
+        return f"{labels} {'inverted ' * self.invert}{self.erode!r} {self.dilate!r} {self.feather!r}"
+
+
+PLAIN = MaskShape()
 
 
 @dataclass(frozen=True)
 class MaskSource:
-    """Where an image's mask comes from: a file, its alpha channel, a class of the user's own, or nowhere (weight 1)."""
+    """Where an image's mask comes from: a file, its alpha channel, a class of the user's own, or nowhere (weight 1).
+
+    An image of kind "padding" has no mask of its own: all of it is learnt, but not the canvas that it may leave free.
+    """
 
     kind: MaskKind
     path: Path | None = None  # the mask file; only for kind "file"
+    shape: MaskShape = PLAIN
 
 
 def shrink(pixels: npt.NDArray[np.uint8]) -> Sums:
@@ -51,11 +81,17 @@ def to_array(sums: Sums) -> npt.NDArray[np.float32]:
     return sums.astype(np.float32) / np.float32(FULL)
 
 
-def to_weights(sums: Sums) -> Tensor:
-    """Return the weights of one shrunk mask (h, w) as a loss takes them: (1, h, w) float32 in [0, 1]."""
+def to_weights(sums: Sums, least: float = 0.0) -> Tensor:
+    """Return the weights of one shrunk mask (h, w) as a loss takes them: (1, h, w) float32 in [least, 1].
+
+    Args:
+        sums: of the mask.
+        least: the weight of cells that weigh less, --mask_weight_min.
+    """
     import torch
 
-    return torch.from_numpy(to_array(sums))[None]
+    weights = torch.from_numpy(to_array(sums))[None]
+    return weights.clamp_(min=least) if least else weights
 
 
 def kept_tokens(masks: Tensor, reach: int, patch: int = 2, multiple: int = 64) -> Tensor | None:

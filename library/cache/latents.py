@@ -70,6 +70,8 @@ class Fingerprint:
     mask_kind: MaskKind
     mask: Stamp | None  # the mask file; an alpha channel stands with its image
     format: int = FORMAT
+    mask_shape: str = ""  # what was done to the mask, in words; entries without these two are of neither
+    fill: str = ""  # what stands where the picture is masked out, in words: then the latents depend on the mask too
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Wanted:
     vae: str
     dtype: torch.dtype
     needs_flipped: bool
+    fill: str = ""  # like Fingerprint's
 
 
 class State(Enum):
@@ -103,7 +106,9 @@ class Verdict:
     is_restamped: bool = False  # same contents under another time or name: worth noting for the next start
 
 
-def entry_path(image: Path, bucket: tuple[int, int], family: str, cache_dir: Path | None, variant: int = 0) -> Path:
+def entry_path(
+    image: Path, bucket: tuple[int, int], family: str, cache_dir: Path | None, variant: int = 0, fill: str = ""
+) -> Path:
     """Return where the entry of an image in a bucket stands: beside the image, or in a folder of its own in cache_dir.
 
     Args:
@@ -112,8 +117,10 @@ def entry_path(image: Path, bucket: tuple[int, int], family: str, cache_dir: Pat
         family: "sd": latents of different families do not meet.
         cache_dir: None for beside the image.
         variant: counts the further uses of an image in the same bucket with another cut or mask in one run.
+        fill: short name of what stands where the picture is masked out: each keeps entries of its own.
     """
-    ending = f"_{bucket[0]}x{bucket[1]}_{family}{f'~{variant}' if variant else ''}{SUFFIX}"
+    tags = "".join(f"~{tag}" for tag in (fill, variant) if tag)
+    ending = f"_{bucket[0]}x{bucket[1]}_{family}{tags}{SUFFIX}"
     name = fitting_name(image.name, ending)
     if cache_dir is None:
         return image.parent / name
@@ -140,8 +147,8 @@ def judge(path: Path, wanted: Wanted) -> Verdict:
         tensors, fingerprint = _read_fingerprint(path)
     except (DamagedEntryError, OSError):
         return Verdict(State.DAMAGED)
-    made_like = (fingerprint.transform, fingerprint.vae, fingerprint.dtype, fingerprint.format)
-    if made_like != (wanted.transform, wanted.vae, dtype_name(wanted.dtype), FORMAT):
+    made_like = (fingerprint.transform, fingerprint.vae, fingerprint.dtype, fingerprint.format, fingerprint.fill)
+    if made_like != (wanted.transform, wanted.vae, dtype_name(wanted.dtype), FORMAT, wanted.fill):
         return Verdict(State.STALE)
     if wanted.needs_flipped and "latents_flipped" not in tensors:
         return Verdict(State.STALE)
@@ -149,12 +156,13 @@ def judge(path: Path, wanted: Wanted) -> Verdict:
     if image is None:
         return Verdict(State.STALE)
     kept = replace(fingerprint, image=image)
-    if wanted.mask.kind != fingerprint.mask_kind:
-        return Verdict(State.MASK_STALE, kept)
+    of_another_mask = Verdict(State.STALE) if wanted.fill else Verdict(State.MASK_STALE, kept)
+    if (wanted.mask.kind, wanted.mask.shape.in_words()) != (fingerprint.mask_kind, fingerprint.mask_shape):
+        return of_another_mask
     if wanted.mask.path is not None:
         mask = None if fingerprint.mask is None else _restamped(fingerprint.mask, wanted.mask.path)
         if mask is None:
-            return Verdict(State.MASK_STALE, kept)
+            return of_another_mask
         kept = replace(kept, mask=mask)
     return Verdict(State.FRESH, kept, is_restamped=kept != fingerprint)
 
@@ -184,7 +192,8 @@ def write(path: Path, cached: CachedLatents, fingerprint: Fingerprint) -> None:
         tensors["latents_flipped"] = cached.flipped.contiguous()
     if cached.mask is not None:
         tensors["mask"] = torch.from_numpy(np.ascontiguousarray(cached.mask))
-    metadata = {"fingerprint": json.dumps(asdict(fingerprint)), "mask_kind": fingerprint.mask_kind}
+    written = {name: value for name, value in asdict(fingerprint).items() if value != ""}
+    metadata = {"fingerprint": json.dumps(written), "mask_kind": fingerprint.mask_kind}
     write_entry(path, tensors, metadata)
 
 

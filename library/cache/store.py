@@ -26,10 +26,11 @@ class Stored:
 
 
 class LatentStore:
-    """The latents of a run, by the index of the sample."""
+    """The latents of a run, by the index of the sample and the number of its look."""
 
-    def __init__(self, stored: Sequence[Stored]) -> None:
-        self._stored = tuple(stored)
+    def __init__(self, stored: Sequence[Sequence[Stored]]) -> None:
+        """Take where the looks of each sample are, one at least."""
+        self._stored = tuple(map(tuple, stored))
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -37,14 +38,18 @@ class LatentStore:
     @property
     def is_in_memory(self) -> bool:
         """Whether latents are kept in this process: loading them in others would copy them."""
-        return any(isinstance(stored.place, CachedLatents) for stored in self._stored)
+        return any(isinstance(stored.place, CachedLatents) for looks in self._stored for stored in looks)
 
-    def get(self, index: int, *, flip: bool) -> tuple[Tensor, Sums | None]:
+    def num_looks(self, index: int) -> int:
+        """Return how many looks of a sample there are to choose from."""
+        return len(self._stored[index])
+
+    def get(self, index: int, *, flip: bool, look: int = 0) -> tuple[Tensor, Sums | None]:
         """Return the latents (C, h, w) and the mask (h, w) of a sample, both mirrored if flip; no mask: 1 everywhere.
 
         Raises: DataError if an entry on disk is gone or damaged.
         """
-        stored = self._stored[index]
+        stored = self._stored[index][look]
         if isinstance(stored.place, Path):
             latents, mask = entries.read(stored.place, flip=flip, mask_kind=stored.mask_kind)
         else:
@@ -57,8 +62,12 @@ class LatentStore:
         return latents, mask
 
     def mean_mask_weight(self) -> float | None:
-        """Return the mean weight of the samples that have a mask; None if none has one. Raises: DataError."""
-        masked = {id(stored.place): stored for stored in self._stored if stored.mask_kind != "none"}  # each entry once
+        """Return the mean weight of the samples that have a mask, in their first look; None if none has one.
+
+        Raises: DataError.
+        """
+        first = [looks[0] for looks in self._stored]
+        masked = {id(stored.place): stored for stored in first if stored.mask_kind != "none"}  # each entry once
         masks = [
             entries.read_mask(stored.place, stored.mask_kind) if isinstance(stored.place, Path) else stored.place.mask
             for stored in masked.values()

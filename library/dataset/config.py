@@ -25,6 +25,7 @@ from library.dataset.schema import (
     read_value,
 )
 from library.errors import DataError, OptionError, did_you_mean
+from library.masks import MaskShape
 from library.options.toml import read_toml
 
 if TYPE_CHECKING:
@@ -96,6 +97,12 @@ class SubsetConfig:
     def source(self) -> Path:
         """What names the images: the metadata file, or else the folder."""
         return self.metadata_file or self.image_dir
+
+    @property
+    def mask_shape(self) -> MaskShape:
+        """What is done to masks of files; those of other kinds have no labels."""
+        lengths = (self.mask_erode, self.mask_dilate, self.mask_feather)
+        return MaskShape(self.mask_labels, self.mask_invert, *map(float, lengths))
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from library.dataset import geometry
-from library.dataset.geometry import Pixels, Transform
+from library import isolation, mask_shaping
+from library.dataset import geometry, label_maps, looks
+from library.dataset.geometry import Pixels, Size, Transform
+from library.dataset.label_maps import Labels
 from library.errors import DataError
 from library.masks import MaskSource, Sums, shrink, to_array
 
 if TYPE_CHECKING:
+    from library.dataset.looks import Look
     from library.dataset.scan import Sample
+    from library.isolation import Fill
 
 ORIENTATION = 0x0112  # the EXIF tag
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -114,11 +118,16 @@ def read_mask(path: Path) -> Pixels:
     return decode_mask(read_bytes(path), path)
 
 
-def decode_mask(data: bytes, path: Path) -> Pixels:
-    """Return a mask file's bytes as (H, W) uint8; see read_mask. Raises: DataError."""
+def decode_mask(data: bytes, path: Path, labels: Labels = ()) -> Pixels:
+    """Return a mask file's bytes as (H, W) uint8, see read_mask; of a label map if there are labels, see label_maps.
+
+    Raises: DataError.
+    """
     try:
         with Image.open(io.BytesIO(data)) as file:
             image = _upright(file)
+            if labels:
+                return label_maps.weights_of(image, labels, path)
             if image.mode.startswith("I") or image.mode == "F":
                 return _grey_8_bit(image, path)
             if image.mode in ("L", "LA"):
@@ -199,28 +208,83 @@ def in_bucket(image: Decoded, transform: Transform, path: Path) -> Pixels:
     return geometry.apply(transform, image.rgb)
 
 
-def mask_in_bucket(image: Decoded | None, source: MaskSource, transform: Transform) -> Sums | None:
-    """Return the shrunk mask (h, w) of an image, cut as transform cuts the image; None: it weighs 1 everywhere.
+def mask_of(image: Decoded | None, source: MaskSource, size: Size, *, data: bytes | None = None) -> Pixels | None:
+    """Return the mask (H, W) uint8 of an image, shaped, in the size of its file; None: it weighs 1 everywhere.
 
     Args:
         image: with the mask as its alpha channel where it brings its own, else not looked at.
         source: of the mask.
-        transform: of the image.
+        size: width and height of the image as seen.
+        data: what the mask file holds; None: it is read.
 
     Raises: DataError if the mask file cannot be read.
     """
     if source.kind == "file":
         assert source.path is not None
-        return shrink(geometry.apply(transform, read_mask(source.path)))
-    if source.kind in ("alpha", "own") and image is not None and image.alpha is not None:
-        return shrink(geometry.apply(transform, image.alpha))
-    return None
+        held = read_bytes(source.path) if data is None else data
+        pixels = decode_mask(held, source.path, source.shape.labels)
+    elif source.kind in ("alpha", "own") and image is not None and image.alpha is not None:
+        pixels = image.alpha
+    else:
+        return None
+    return pixels if source.shape.is_plain else mask_shaping.shape(pixels, source.shape, size)
+
+
+def shrunk(mask: Pixels | None, transform: Transform) -> Sums | None:
+    """Return a mask (H, W) at latent size (h, w), cut as transform cuts its image; None: it weighs 1 everywhere."""
+    return None if mask is None else shrink(geometry.apply(transform, mask))
+
+
+def mask_in_bucket(image: Decoded | None, source: MaskSource, transform: Transform) -> Sums | None:
+    """Return the shrunk mask (h, w) of an image; see mask_of and shrunk. Raises: DataError."""
+    return shrunk(mask_of(image, source, transform.source), transform)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A sample in its bucket, as training sees it."""
+
+    pixels: Pixels  # (H, W, 3)
+    mask: Sums | None  # (h, w); None: it weighs 1 everywhere
+
+
+def see(image: Decoded, mask: Pixels | None, look: Look, path: Path) -> Seen:
+    """Return an image under a look, what is masked out of it being filled as the look says.
+
+    The fill is made at the image's own size, before anything is resized: no masked-out pixel touches another.
+
+    Args:
+        image: of the sample.
+        mask: (H, W), see mask_of.
+        look: one of the sample, perhaps with another cut.
+        path: of the image, which names it.
+
+    Raises: DataError if the file is not of the size that the look was made for.
+    """
+    if mask is not None and not look.fill.is_keep:
+        image = replace(image, rgb=isolated(image.rgb, mask, look.fill, looks.seed_of(path)))
+    return Seen(in_bucket(image, look.transform, path), shrunk(mask, look.transform))
+
+
+def isolated(rgb: Pixels, mask: Pixels, fill: Fill, seed: str) -> Pixels:
+    """Return colours (H, W, 3) that are filled where a mask is black, which may be a rescaled copy; see isolation."""
+    height, width = rgb.shape[:2]
+    if mask.shape != rgb.shape[:2]:
+        is_smaller = mask.shape[0] < height
+        method = cv2.INTER_NEAREST_EXACT if is_smaller else cv2.INTER_AREA
+        mask = np.asarray(cv2.resize(mask, (width, height), interpolation=method), np.uint8)
+    return isolation.fill(rgb, mask, fill, seed)
 
 
 def read_training_pixels(sample: Sample) -> Pixels:
-    """Return what training sees of a sample, without augmentation: (h, w, 3) uint8. Raises: DataError."""
+    """Return what training sees of a sample in its first look, without augmentation: (h, w, 3) uint8.
+
+    Raises: DataError.
+    """
     image, sample, _ = of_sample(sample)
-    return in_bucket(image, sample.transform, sample.path)
+    look = looks.looks_of(sample)[0]
+    mask = None if look.fill.is_keep else mask_of(image, sample.mask, sample.transform.source)
+    return see(image, mask, look, sample.path).pixels
 
 
 def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:

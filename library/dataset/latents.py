@@ -14,21 +14,31 @@ from pathlib import Path
 import torch
 
 from library.cache import fill, latents
-from library.cache.entries import check_writable, dtype_name, remove_abandoned
+from library.cache.entries import check_writable, content_digest, dtype_name, remove_abandoned
 from library.cache.fill import Encoder, Request, Source, ahead, default_num_threads
 from library.cache.latents import CachedLatents, Fingerprint, Stamp, State, Verdict, Wanted
 from library.cache.store import LatentStore, Stored
-from library.dataset import geometry, images
+from library.dataset import geometry, images, looks
 from library.dataset.config import DatasetConfig
-from library.dataset.geometry import Transform
+from library.dataset.geometry import Pixels, Transform
+from library.dataset.looks import Look
 from library.dataset.scan import Sample
 from library.errors import DataError, OptionError
-from library.masks import MaskSource, Sums, shrink
+from library.isolation import Fill
+from library.masks import MaskSource
 from library.progress import progress
 
 log = logging.getLogger(__name__)
 
-Key = tuple[Path, Transform, MaskSource]  # samples that agree in these share an entry
+
+@dataclass(frozen=True)
+class Key:
+    """What one entry holds: a sample under a look. Samples that agree in it share the entry."""
+
+    path: Path
+    transform: Transform  # not mirrored
+    mask: MaskSource
+    fill: Fill
 
 
 @dataclass(frozen=True)
@@ -86,34 +96,39 @@ def build_store(
 
     Raises: DataError, see cache.fill.fill.
     """
-    keys = [_key(sample) for sample in samples]
+    keys = [_keys(sample) for sample in samples]
     flips: dict[Key, bool] = defaultdict(bool)
-    for sample, key in zip(samples, keys, strict=True):
-        flips[key] |= sample.subset.flip_aug
+    for sample, own in zip(samples, keys, strict=True):
+        for key in own:
+            flips[key] |= sample.subset.flip_aug
     if not settings.to_disk:
         made: dict[Key, CachedLatents] = {}
         _encode(list(flips), flips, settings, encode, lambda key, cached, _: made.__setitem__(key, cached))
         log.info("latents: %d images encoded and kept in memory", len(made))
-        return LatentStore([Stored(made[key], key[2].kind) for key in keys])
+        return LatentStore([[Stored(made[key], key.mask.kind) for key in own] for own in keys])
     places = _places(list(flips), settings)
     _update(places, flips, settings, encode, total)
     wait()  # nobody reads before all is written
-    return LatentStore([Stored(places[key], key[2].kind) for key in keys])
+    return LatentStore([[Stored(places[key], key.mask.kind) for key in own] for own in keys])
 
 
-def _key(sample: Sample) -> Key:
-    return sample.path, replace(sample.transform, flip=False), sample.mask
+def _keys(sample: Sample) -> list[Key]:
+    """Return the entries of a sample's looks, in their order."""
+    return [
+        Key(sample.path, replace(look.transform, flip=False), sample.mask, look.fill) for look in looks.looks_of(sample)
+    ]
 
 
 def _places(keys: Sequence[Key], settings: LatentSettings) -> dict[Key, Path]:
-    """Return where each entry stands: further uses of an image in one bucket get numbers, in order."""
-    uses: Counter[tuple[Path, geometry.Size]] = Counter()
+    """Return where each entry stands: further uses of an image in one bucket, with one fill, get numbers."""
+    uses: Counter[tuple[Path, geometry.Size, Fill]] = Counter()
     places = {}
     for key in keys:
-        path, transform, _ = key
-        variant = uses[path, transform.target]
-        uses[path, transform.target] += 1
-        places[key] = latents.entry_path(path, transform.target, settings.family, settings.cache_dir, variant)
+        place = (key.path, key.transform.target, key.fill)
+        places[key] = latents.entry_path(
+            key.path, key.transform.target, settings.family, settings.cache_dir, uses[place], key.fill.name
+        )
+        uses[place] += 1
     return places
 
 
@@ -158,8 +173,10 @@ def _update(
 
 
 def _wanted(key: Key, *, needs_flipped: bool, settings: LatentSettings) -> Wanted:
-    path, transform, mask = key
-    return Wanted(path, mask, _in_words(transform), settings.vae, settings.dtype, needs_flipped)
+    fill_in_words = key.fill.in_words(looks.seed_of(key.path))
+    return Wanted(
+        key.path, key.mask, _in_words(key.transform), settings.vae, settings.dtype, needs_flipped, fill_in_words
+    )
 
 
 def _in_words(transform: Transform) -> str:
@@ -171,7 +188,7 @@ def _restamp(place: Path, key: Key, verdict: Verdict) -> None:
     """Note the files' new times, so that their contents need not be compared at the next start."""
     assert verdict.fingerprint is not None
     cached = latents.read_latents(place)
-    mask = latents.read_mask(place, key[2].kind)
+    mask = latents.read_mask(place, key.mask.kind)
     with contextlib.suppress(DataError):  # a folder that cannot be written is compared again at each start
         latents.write(place, replace(cached, mask=mask), verdict.fingerprint)
 
@@ -180,14 +197,13 @@ def _renew_masks(keys: Sequence[Key], places: Mapping[Key, Path], verdicts: Mapp
     """Give entries a new mask, or none, and leave their latents as they are."""
 
     def renew(key: Key) -> None:
-        path, transform, source = key
         fingerprint = verdicts[key].fingerprint
         assert fingerprint is not None
-        image = images.read_image(path, want_alpha=True) if source.kind == "alpha" else None
-        mask, stamp = _mask(image, source, transform)
+        image = images.read_image(key.path, want_alpha=True) if key.mask.kind == "alpha" else None
+        mask, stamp = _mask(image, key)
         cached = latents.read_latents(places[key])
-        made_of = replace(fingerprint, mask_kind=source.kind, mask=stamp)
-        latents.write(places[key], replace(cached, mask=mask), made_of)
+        made_of = replace(fingerprint, mask_kind=key.mask.kind, mask=stamp, mask_shape=key.mask.shape.in_words())
+        latents.write(places[key], replace(cached, mask=images.shrunk(mask, key.transform)), made_of)
 
     if not keys:
         return
@@ -198,13 +214,12 @@ def _renew_masks(keys: Sequence[Key], places: Mapping[Key, Path], verdicts: Mapp
             pass
 
 
-def _mask(image: images.Decoded | None, source: MaskSource, transform: Transform) -> tuple[Sums | None, Stamp | None]:
-    """Return a shrunk mask, and the stamp of its file if it has one."""
-    if source.kind == "file":
-        assert source.path is not None
-        data, stamp = latents.read_stamped(source.path)
-        return shrink(geometry.apply(transform, images.decode_mask(data, source.path))), stamp
-    return images.mask_in_bucket(image, source, transform), None
+def _mask(image: images.Decoded | None, key: Key) -> tuple[Pixels | None, Stamp | None]:
+    """Return a mask in the size of its file, see images.mask_of, and the stamp of its file if it has one."""
+    data, stamp = None, None
+    if key.mask.path is not None:
+        data, stamp = latents.read_stamped(key.mask.path)
+    return images.mask_of(image, key.mask, key.transform.source, data=data), stamp
 
 
 def _encode(
@@ -218,19 +233,28 @@ def _encode(
         return
 
     def decode(request: Request[Key]) -> Source:
-        path, transform, source = request.key
-        data, stamp = latents.read_stamped(path)
-        image = images.decode(data, path, want_alpha=source.kind == "alpha")
-        pixels = images.in_bucket(image, transform, path)
-        mask, mask_stamp = _mask(image, source, transform)
-        words = _in_words(transform)
+        key = request.key
+        data, stamp = latents.read_stamped(key.path)
+        image = images.decode(data, key.path, want_alpha=key.mask.kind == "alpha")
+        mask, mask_stamp = _mask(image, key)
+        seen = images.see(image, mask, Look(key.transform, key.fill), key.path)
+        wanted = _wanted(key, needs_flipped=request.needs_flipped, settings=settings)
         fingerprint = Fingerprint(
-            stamp, words, settings.vae, dtype_name(settings.dtype), mask_kind=source.kind, mask=mask_stamp
+            stamp,
+            wanted.transform,
+            settings.vae,
+            dtype_name(settings.dtype),
+            mask_kind=key.mask.kind,
+            mask=mask_stamp,
+            mask_shape=key.mask.shape.in_words(),
+            fill=wanted.fill,
         )
-        return Source(pixels, mask, fingerprint, _seed(stamp, words))
+        # what is masked out decides nothing of a picture that is filled, not even the noise
+        digest = stamp.digest if key.fill.is_keep else content_digest(seen.pixels.tobytes())
+        return Source(seen.pixels, seen.mask, fingerprint, _seed(digest, wanted.transform))
 
     fill.fill(
-        [Request(key, str(key[0]), key[1].target, flips[key]) for key in keys],
+        [Request(key, str(key.path), key.transform.target, flips[key]) for key in keys],
         decode=decode,
         encode=encode,
         keep=lambda request, cached, made_of: keep(request.key, cached, made_of),
@@ -240,7 +264,7 @@ def _encode(
     )
 
 
-def _seed(image: Stamp, transform: str) -> int:
+def _seed(digest: str, transform: str) -> int:
     """Return the seed of the VAE's noise: the same picture cut alike gets the same noise, wherever it stands."""
-    mixed = hashlib.blake2b(f"{image.digest} {transform}".encode(), digest_size=8).digest()
+    mixed = hashlib.blake2b(f"{digest} {transform}".encode(), digest_size=8).digest()
     return int.from_bytes(mixed, "little") >> 1  # torch's generators take 63 bits

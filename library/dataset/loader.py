@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.batch import Batch, Share
 from library.cache.fill import to_images
 from library.cache.store import LatentStore, TextStore
-from library.dataset import captions, geometry, images, plan
+from library.dataset import captions, geometry, images, looks, plan
 from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
@@ -59,6 +59,7 @@ class _Item:
     pixels: Pixels | None  # (H, W, 3)
     latents: Tensor | None  # (C, h, w)
     mask: Sums | None  # (h, w)
+    least: float  # weight of a cell of the mask, --mask_weight_min
     sizes: SizeConditioning
     weight: float = 1.0  # of its loss
 
@@ -106,7 +107,7 @@ class DrawnImages(DrawsDataset):
         texts = tuple(item.caption for item in items)
         pixels = [item.pixels for item in items if item.pixels is not None]
         latents = [item.latents for item in items if item.latents is not None]
-        masks = _stack_masks([item.mask for item in items])
+        masks = _stack_masks([(item.mask, item.least) for item in items])
         prior, reach = self._settings.prior_loss_weight, self._settings.token_reach
         return Batch(
             names=tuple(str(sample.path) for sample in samples),
@@ -134,6 +135,7 @@ class DrawnImages(DrawsDataset):
         image, weight = None, 1.0
         if self.store is None:
             image, sample, weight = images.of_sample(sample, seed=f"{seed} {draw.epoch} {draw.repeat}")
+        is_masked = looks.is_shown_masked(sample, plan.rng(seed, draw, f"{name} mask"))
         caption = captions.compose(
             sample.captions,
             sample.subset,
@@ -143,17 +145,22 @@ class DrawnImages(DrawsDataset):
             max_train_steps=self._settings.max_train_steps,
         )
         face = None if self.store is not None else geometry.face_in_name(sample.path)
-        transform = geometry.draw(sample.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
+        choices = looks.looks_of(sample)
+        number = looks.draw(len(choices), plan.rng(seed, draw, f"{name} look"))
+        look = choices[number]
+        transform = geometry.draw(look.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
+        least = sample.subset.mask_weight_min
         sizes = geometry.size_conditioning(transform)
         if image is None:
             assert self.store is not None
-            latents, mask = self.store.get(draw.sample, flip=transform.flip)
-            return _Item(caption, None, latents, mask, sizes)
-        pixels = images.in_bucket(image, transform, sample.path)
-        mask = images.mask_in_bucket(image, sample.mask, transform)
+            latents, mask = self.store.get(draw.sample, flip=transform.flip, look=number)
+            return _Item(caption, None, latents, mask if is_masked else None, least, sizes)
+        mask_pixels = images.mask_of(image, sample.mask, transform.source) if is_masked else None
+        seen = images.see(image, mask_pixels, replace(look, transform=transform), sample.path)
+        pixels = seen.pixels
         if sample.subset.color_aug:
             pixels = images.augment_colour(pixels, plan.rng(seed, draw, f"{name} colour"))
-        return _Item(caption, pixels, None, mask, sizes, weight)
+        return _Item(caption, pixels, None, seen.mask, least, sizes, weight)
 
 
 def _flags(values: Sequence[bool]) -> Tensor | None:
@@ -161,13 +168,17 @@ def _flags(values: Sequence[bool]) -> Tensor | None:
     return torch.tensor(values) if any(values) else None
 
 
-def _stack_masks(masks: Sequence[Sums | None]) -> Tensor | None:
-    """Return the weights (B, 1, h, w) of a batch, 1 where an image has no mask; None if none has one."""
-    shape = next((mask.shape for mask in masks if mask is not None), None)
+def _stack_masks(masks: Sequence[tuple[Sums | None, float]]) -> Tensor | None:
+    """Return the weights (B, 1, h, w) of a batch, 1 where an image has no mask; None if none has one.
+
+    Args:
+        masks: of each image, and the least weight that its mask gives.
+    """
+    shape = next((mask.shape for mask, _ in masks if mask is not None), None)
     if shape is None:
         return None
     white = torch.ones(1, *shape)
-    return torch.stack([white if mask is None else to_weights(mask) for mask in masks])
+    return torch.stack([white if mask is None else to_weights(mask, least) for mask, least in masks])
 
 
 class BatchLoader(DataLoader[Any]):

@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,8 +120,8 @@ def scan_class(name: str, config: DatasetConfig, *, max_token_length: int | None
             f"--enable_bucket needs the sizes of all pictures, and {name} has no method size(index) -> (width, height)."
             " Add one, or leave --enable_bucket out."
         )
-    mask = MaskSource("own") if own.give(0, "first").has_mask else NO_MASK
     subset = config.subsets[0]
+    mask = MaskSource("own", shape=replace(subset.mask_shape, labels=())) if own.give(0, "first").has_mask else NO_MASK
     samples = [
         Sample(
             path=Path(name) / str(index),

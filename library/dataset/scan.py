@@ -260,9 +260,9 @@ def _masks_in(
         mask = pairs.masks.get(image)
         if mask is not None:
             if mask in mask_headers and _fits(mask, mask_headers[mask], image, headers[image], findings):
-                masks[image] = MaskSource("file", mask)
+                masks[image] = MaskSource("file", mask, subset.mask_shape)
         elif subset.alpha_mask and headers[image].has_alpha:
-            masks[image] = MaskSource("alpha")
+            masks[image] = MaskSource("alpha", shape=replace(subset.mask_shape, labels=()))
         elif folder is None or subset.is_reg or subset.missing_mask == "train_all":
             masks[image] = NO_MASK
         else:

@@ -1,0 +1,64 @@
+"""Looks: the ways of showing one sample. A cache holds them all, and each draw takes one."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from library.isolation import KEEP, Fill, FillKind
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from library.dataset.geometry import Transform
+    from library.dataset.scan import Sample
+
+
+@dataclass(frozen=True)
+class Look:
+    """One way of showing a sample."""
+
+    transform: Transform
+    fill: Fill
+
+
+def looks_of(sample: Sample) -> tuple[Look, ...]:
+    """Return all looks of a sample, one at least; the first stands for them on sheets."""
+    return tuple(Look(transform, fill) for transform in transforms_of(sample) for fill in fills_of(sample))
+
+
+def transforms_of(sample: Sample) -> tuple[Transform, ...]:
+    """Return the ways of bringing a sample into its bucket, but for what is drawn anew each time."""
+    return (sample.transform,)
+
+
+def fills_of(sample: Sample) -> tuple[Fill, ...]:
+    """Return what may stand where a sample is masked out; one that is named twice is drawn twice as often."""
+    if sample.mask.kind == "none":
+        return (KEEP,)
+    seen: Counter[str] = Counter()
+    fills = []
+    for kind in sample.subset.mask_fill:
+        fills.append(Fill(cast("FillKind", kind), seen[kind]))
+        seen[kind] += kind == "noise"  # only noise differs from time to time
+    return tuple(fills)
+
+
+def seed_of(path: Path) -> str:
+    """Return what noise in an image is drawn from: its folder's name and its own, whatever its format and content."""
+    return f"{path.parent.name}/{path.stem}"
+
+
+def draw(num_looks: int, rng: random.Random) -> int:
+    """Return the number of this draw's look; rng is of this draw alone."""
+    return int(rng.random() * num_looks) if num_looks > 1 else 0
+
+
+def is_shown_masked(sample: Sample, rng: random.Random) -> bool:
+    """Return whether this draw's mask counts: --unmasked_probability takes it away, but never in validation."""
+    if sample.mask.kind == "none":
+        return False
+    probability = 0.0 if sample.is_validation else sample.subset.unmasked_probability
+    return rng.random() >= probability
