@@ -146,7 +146,9 @@ def _carried(colours: Floats, weights: Floats) -> Floats:
         cv2.copyMakeBorder(weights, *odd, cv2.BORDER_CONSTANT), size, interpolation=cv2.INTER_AREA
     )
     gain = np.minimum(np.float32(4), 1 / np.maximum(half_weights, np.float32(1e-6)))
-    coarse = _carried(np.asarray(half_colours * gain[..., None], np.float32), np.asarray(half_weights * gain, np.float32))
+    coarse = _carried(
+        np.asarray(half_colours * gain[..., None], np.float32), np.asarray(half_weights * gain, np.float32)
+    )
     spread = cv2.resize(coarse, (size[0] * 2, size[1] * 2), interpolation=cv2.INTER_LINEAR)[:height, :width]
     return np.asarray(spread + (known - spread) * weights[..., None], np.float32)
 

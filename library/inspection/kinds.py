@@ -1,4 +1,4 @@
-"""The kinds of findings: what each code means, how bad it is, and what to do about it. docs/check-dataset.md lists them."""
+"""The kinds of findings: what each code means, how bad it is, what to do; docs/check-dataset.md lists them."""
 
 from __future__ import annotations
 
@@ -203,6 +203,7 @@ def found(
     severity: Severity | None = None,
     files: tuple[Path, ...] = (),
     joint: str = "",
+    name: str = "",
 ) -> Problem:
     """Return a finding.
 
@@ -214,10 +215,11 @@ def found(
         severity: if it is not the kind's.
         files: others that it is about.
         joint: what several of it are, as in "3 masks are black"; empty where each is told by itself.
+        name: among these, if it is not the file's.
     """
     kind = KINDS[code]
     remedy = remedy or kind.remedy
-    together = Joint(joint, path.name, remedy) if joint else None
+    together = Joint(joint, name or path.name, remedy) if joint else None
     return Problem(severity or kind.severity, path, f"{path}: {reason} {remedy}", together, code, remedy, files)
 
 
