@@ -26,6 +26,7 @@ LEVELS = {
     "library.losses": 2,
     "library.batch": 2,
     "library.metadata": 2,
+    "library.pages": 2,
     "library.progress": 2,
     "library.whole_file": 2,
     "library.mask_shaping": 3,
