@@ -125,20 +125,29 @@ def decode_mask(data: bytes, path: Path, labels: Labels = ()) -> Pixels:
 
     Raises: DataError.
     """
+    return mask_values(open_mask(data, path), path, labels)
+
+
+def open_mask(data: bytes, path: Path) -> Image.Image:
+    """Return a mask file's bytes as a picture of whatever mode, upright. Raises: DataError."""
     try:
         with Image.open(io.BytesIO(data)) as file:
-            image = _upright(file)
-            if labels:
-                return label_maps.weights_of(image, labels, path)
-            if image.mode.startswith("I") or image.mode == "F":
-                return _grey_8_bit(image, path)
-            if image.mode in ("L", "LA"):
-                return np.asarray(image.getchannel(0))
-            if image.mode == "P":  # straight to RGB would warn about palettes with transparency
-                image = image.convert("RGBA")
-            return np.asarray(image.convert("RGB").getchannel(0))
+            return _upright(file)
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
+
+
+def mask_values(image: Image.Image, path: Path, labels: Labels = ()) -> Pixels:
+    """Return a mask that has been opened as (H, W) uint8; see decode_mask. Raises: DataError."""
+    if labels:
+        return label_maps.weights_of(image, labels, path)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_8_bit(image, path)
+    if image.mode in ("L", "LA"):
+        return np.asarray(image.getchannel(0))
+    if image.mode == "P":  # straight to RGB would warn about palettes with transparency
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB").getchannel(0))
 
 
 def _upright(file: Image.Image) -> Image.Image:
