@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import DataError
+from library.dataset.problems import FileError
 
 if TYPE_CHECKING:
     from library.dataset.config import SubsetConfig
@@ -28,7 +28,7 @@ def read(image: Path, subset: SubsetConfig) -> tuple[str, ...] | None:
     The file is the image's name with the caption extension, or that without its last four parts at underscores,
     which is how a face's place is written into a file name.
 
-    Raises: DataError if the file is empty or not UTF-8.
+    Raises: FileError if the file is empty or not UTF-8.
     """
     parts = image.stem.split("_")
     stems = [image.stem, "_".join(parts[:-4])] if len(parts) >= 5 else [image.stem]
@@ -39,11 +39,13 @@ def read(image: Path, subset: SubsetConfig) -> tuple[str, ...] | None:
         except FileNotFoundError:
             continue
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 (at byte {error.start}). Save the caption as UTF-8.") from None
+            message = f"{path}: is not UTF-8 (at byte {error.start}). Save the caption as UTF-8."
+            raise FileError("caption-encoding", message) from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
+            message = f"{path}: cannot be read ({error.strerror or error})."
+            raise FileError("caption-unreadable", message) from None
         if not text:
-            raise DataError(f"{path}: is empty. Write a caption, or delete the file.")
+            raise FileError("caption-empty", f"{path}: is empty. Write a caption, or delete the file.")
         lines = [line.strip() for line in text.split("\n")]
         if subset.enable_wildcard:
             return tuple(line for line in lines if line) or ("",)

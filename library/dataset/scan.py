@@ -9,11 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dataset import buckets, captions, files, mask_captions, metadata_file, pairing, shares, split
+from library.dataset import (
+    captions,
+    faults,
+    files,
+    framing,
+    mask_captions,
+    metadata_file,
+    pairing,
+    placement,
+    regions,
+    shares,
+    split,
+)
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
-from library.dataset.geometry import Size, Transform
-from library.dataset.problems import MOST_NAMES, Joint, Problem, listed
+from library.dataset.geometry import Box, Size, Transform
+from library.dataset.problems import Problem, listed
 from library.errors import DataError, OptionError
 from library.masks import MaskSource
 
@@ -38,6 +50,7 @@ class Sample:
     orientation: int  # EXIF, 1 to 8
     transform: Transform  # into the bucket, cut in the middle
     mask: MaskSource
+    region: Box | None = None  # what the mask lets be learnt, in pixels of the image; None: not asked for, or nothing
     is_validation: bool = False  # held back from training; num_repeats is 1 then
     give: Callable[[str], Given] | None = field(default=None, compare=False, repr=False)  # of the user's class: by seed
 
@@ -61,8 +74,8 @@ class _Findings:
     stems: dict[Path, set[str]] = field(default_factory=lambda: defaultdict(set))  # of images, by mask folder
     problems: list[Problem] = field(default_factory=list)
 
-    def error(self, path: Path, message: str) -> None:
-        self.problems.append(Problem("error", path, message))
+    def error(self, path: Path, message: str, code: str) -> None:
+        self.problems.append(Problem("error", path, message, code=code))
 
 
 def scan(configs: Sequence[DatasetConfig]) -> Scan:
@@ -74,8 +87,9 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
         if all(subset.is_reg for subset in config.subsets):
             folder = config.subsets[0].source
             message = f"{folder}: datasets[{number}] has only regularisation images. Add a subset without is_reg."
-            findings.error(folder, message)
-    findings.problems += _surplus_masks(findings)
+            findings.error(folder, message, "only-regularisation")
+    findings.problems += faults.surplus_masks(findings.mask_folders, findings.stems, findings.problems)
+    findings.problems += framing.cut_off(sample for samples in found for sample in samples)
     samples, validation, shared = shares.divide(found)
     findings.problems += shared
     findings.problems += mask_captions.problems([*samples, *validation])
@@ -89,18 +103,19 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
     try:
         headers, written = scan_source(subset, findings)
     except DataError as error:
-        findings.error(subset.source, str(error))
+        findings.error(subset.source, str(error), faults.code_of(error, "source-unreadable"))
         return []
     readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
     texts = _captions(written | _beside_masks(masks, subset, findings), subset, findings)
+    boxes = regions.of_subset(subset, masks, {image: headers[image].size for image in masks}, findings.problems)
     held = split.held_back(readable, subset.validation_split, subset.validation_seed)
-    if subset.validation_split and len(held) in (0, len(readable)):
+    if subset.validation_split and readable and len(held) in (0, len(readable)):
         message = (
             f"{subset.source}: validation_split {subset.validation_split:g} holds back "
             f"{'all' if held else 'none'} of {len(readable)} images."
         )
-        findings.problems.append(Problem("warning", subset.source, message))
+        findings.problems.append(Problem("warning", subset.source, message, code="validation-split"))
     return [
         Sample(
             path=image,
@@ -110,8 +125,9 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
             is_reg=subset.is_reg,
             num_repeats=1 if image in held else subset.num_repeats,
             orientation=headers[image].orientation,
-            transform=buckets.assign(config, subset, headers[image].size),
-            mask=masks[image],
+            transform=framing.assign(config, subset, headers[image].size, boxes.get(image)),
+            mask=placement.mask_of(masks[image], subset.random_placement),
+            region=boxes.get(image),
             is_validation=image in held,
         )
         for image in readable
@@ -120,10 +136,11 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
 
 
 def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], Written]:
-    """Return headers and captions of the images in the subset's folder. Raises: DataError if there are none."""
+    """Return headers and captions of the images in the subset's folder. Raises: DataError if it is not there."""
     images = files.list_images(subset.image_dir)
     if not images:
-        raise DataError(f"{subset.image_dir}: has no images. Known are {', '.join(files.image_extensions())}.")
+        findings.problems.append(faults.no_images(subset))
+        return {}, {}
     known = files.load_info(subset.image_dir) if subset.cache_info else {}
     headers = _headers(images, findings, known)
     found = files.read_all(partial(captions.read, subset=subset), list(headers))
@@ -141,15 +158,18 @@ def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict
     content = metadata_file.read(file, subset)
     if not content.entries:
         raise DataError(f"{file}: lists no images.")
-    findings.problems += [Problem("warning", file, message) for message in metadata_file.warnings(content, file)]
+    findings.problems += [
+        Problem("warning", file, message, code="metadata-entries") for message in metadata_file.warnings(content, file)
+    ]
     entries = {entry.path: entry for entry in content.entries}
     present = [path for path in entries if path.is_file()]
-    findings.problems += _absent_images(sorted(entries.keys() - set(present)), subset)
+    findings.problems += faults.absent_images(sorted(entries.keys() - set(present)), subset)
     headers = _headers(present, findings)
     outdated = [path.name for path in headers if not _has_size(headers[path], entries[path].size)]
     if outdated:
         message = f"{file}: image_size of {len(outdated)} images is not the file's own, which is used: "
-        findings.problems.append(Problem("warning", file, f"{message}{listed(outdated)}."))
+        message += f"{listed(outdated)}."
+        findings.problems.append(Problem("warning", file, message, code="metadata-size"))
     return headers, {path: entries[path].captions for path in headers}
 
 
@@ -159,31 +179,17 @@ def _has_size(header: Header, size: Size | None) -> bool:
     return size in (None, header.size, stored)
 
 
-def _absent_images(absent: Sequence[Path], subset: SubsetConfig) -> Iterable[Problem]:
-    remedy = f"Relative names start at {subset.image_dir}, and end with the file's extension."
-    beside: dict[Path, list[Path]] = {}
-    for number, path in enumerate(absent):
-        near = None
-        if number < MOST_NAMES:  # more are not shown at once, and looking for each takes its time
-            if path.parent not in beside:
-                beside[path.parent] = files.list_images(path.parent) if path.parent.is_dir() else []
-            near = pairing.near_miss(path, beside[path.parent])
-        hint = f" (is {near.name} meant?)" if near else ""
-        joint = Joint(f"images of {subset.source} are not there", path.name + hint, remedy)
-        yield Problem("error", path, f"{subset.source}: there is no image {path}{hint}. {remedy}", joint)
-
-
 def _headers(
-    paths: Iterable[Path], findings: _Findings, known: Mapping[Path, Header] | None = None
+    paths: Iterable[Path], findings: _Findings, known: Mapping[Path, Header] | None = None, kind: str = "image"
 ) -> dict[Path, Header]:
-    """Return the headers of the files that have a readable one."""
+    """Return the headers of the files that have a readable one; kind, image or mask, is for the problems' codes."""
     paths = list(paths)
     if known:
         findings.headers.update(known)
     unread = [path for path in paths if path not in findings.headers]
     for path, header in zip(unread, files.read_all(files.read_header, unread), strict=True):
         if isinstance(header, DataError):
-            findings.error(path, str(header))
+            findings.error(path, str(header), faults.code_of(header, f"{kind}-unreadable"))
         else:
             findings.headers[path] = header
     return {path: findings.headers[path] for path in paths if path in findings.headers}
@@ -204,20 +210,11 @@ def _captions(written: Written, subset: SubsetConfig, findings: _Findings) -> di
     without: list[Path] = []
     for image, lines in written.items():
         if isinstance(lines, DataError):
-            findings.error(image, str(lines))
-        elif lines is not None:
-            texts[image] = lines
+            findings.error(image, str(lines), faults.code_of(lines, "caption-unreadable"))
         else:
-            texts[image] = (subset.class_tokens or "",)
-            if subset.class_tokens is None:
-                without.append(image)
-    if without:
-        message = (
-            f"{subset.source}: {len(without)} of {len(written)} images have no "
-            f"{'caption or tags' if subset.metadata_file else f'{subset.caption_extension} file'} and "
-            f"no class_tokens, so their caption is empty: {listed([image.name for image in without])}."
-        )
-        findings.problems.append(Problem("warning", subset.source, message))
+            texts[image] = (subset.class_tokens or "",) if lines is None else lines
+            without += [image] if lines is None else []
+    findings.problems += faults.missing_captions(without, len(written), subset)
     return texts
 
 
@@ -259,8 +256,8 @@ def _masks_in(
     pairs = pairing.pair(images, () if folder is None else _mask_files(folder, findings))
     if folder is not None:
         findings.stems[folder] |= {image.stem for image in images}
-        findings.problems += _ambiguous_masks(pairs.masks, folder)
-    mask_headers = _headers(pairs.masks.values(), findings)
+        findings.problems += faults.ambiguous_masks(pairs.masks, folder)
+    mask_headers = _headers(pairs.masks.values(), findings, kind="mask")
     masks: dict[Path, MaskSource] = {}
     lacking: list[Path] = []
     for image in images:
@@ -275,12 +272,13 @@ def _masks_in(
         else:
             lacking.append(image)
     for mask, used in pairs.doubled.items():
-        findings.problems.append(Problem("warning", mask, f"{mask}: not used, {used.name} comes first."))
+        message = f"{mask}: not used, {used.name} comes first."
+        findings.problems.append(Problem("warning", mask, message, code="mask-same-stem", files=(used,)))
     if folder is not None and folder.resolve() == subset.image_dir.resolve():
         message = f"conditioning_data_dir: {folder} is the folder of the images: each is used as its own mask."
-        findings.problems.append(Problem("warning", folder, message))
+        findings.problems.append(Problem("warning", folder, message, code="mask-folder-of-images"))
     if folder is not None and folder not in findings.absent_folders:
-        findings.problems += _missing_masks(lacking, folder, subset, pairs.surplus)
+        findings.problems += faults.missing_masks(lacking, folder, subset, pairs.surplus)
     return masks
 
 
@@ -291,66 +289,19 @@ def _mask_files(folder: Path, findings: _Findings) -> list[Path]:
             findings.mask_folders[folder] = files.list_images(folder)
         except DataError as error:
             findings.absent_folders.add(folder)
-            findings.error(folder, f"conditioning_data_dir: {error}")
+            findings.error(folder, f"conditioning_data_dir: {error}", "mask-folder-absent")
     return findings.mask_folders[folder]
 
 
-def _ambiguous_masks(masks: Mapping[Path, Path], folder: Path) -> Iterable[Problem]:
-    first: dict[Path, Path] = {}
-    for image, mask in masks.items():
-        other = first.setdefault(mask, image)
-        if other.parent != image.parent:
-            message = (
-                f"{mask}: is the mask of {other} as well as of {image}. Put their masks into folders within {folder} "
-                "that are named like theirs."
-            )
-            yield Problem("error", mask, message)
-
-
 def _fits(mask: Path, mask_header: Header, image: Path, header: Header, findings: _Findings) -> bool:
-    if pairing.has_same_aspect(mask_header.size, header.size):
-        return True
-    hint = " Make both the same size."
-    if header.orientation in QUARTER_TURNS and pairing.has_same_aspect(mask_header.size[::-1], header.size):
-        hint = (
-            f" The image is stored lying on its side (EXIF orientation {header.orientation}): "
-            "turn the mask as the picture is seen, or save the picture without that mark."
-        )
-    is_size = "{}x{}".format(*mask_header.size)
-    findings.error(mask, f"{mask}: mask is {is_size}, its image {image.name} is {_size(header)}.{hint}")
-    return False
-
-
-def _size(header: Header) -> str:
-    return f"{header.size[0]}x{header.size[1]}"
-
-
-def _missing_masks(
-    lacking: Sequence[Path], folder: Path, subset: SubsetConfig, surplus: Sequence[Path]
-) -> Iterable[Problem]:
-    remedy = 'Name a mask like its image, or set missing_mask = "train_all" or "skip" in the subset.'
-    for image in lacking:
-        near = pairing.near_miss(image, surplus)
-        hint = f" (is {near.name} meant?)" if near else ""
-        if subset.missing_mask == "error":
-            joint = Joint(f"images of {subset.source} have no mask in {folder}", image.name + hint, remedy)
-            yield Problem("error", image, f"{image}: has no mask in {folder}{hint}. {remedy}", joint)
-        else:
-            joint = Joint(f"images of {subset.source} are left out, having no mask in {folder}", image.name + hint)
-            yield Problem("warning", image, f"{image}: left out, it has no mask in {folder}{hint}.", joint)
-
-
-def _surplus_masks(findings: _Findings) -> Iterable[Problem]:
-    for folder, masks in findings.mask_folders.items():
-        for mask in masks:
-            if mask.stem not in findings.stems[folder]:
-                joint = Joint(f"masks in {folder} are not used, no image has their name", mask.name)
-                yield Problem("warning", mask, f"{mask}: not used, no image has this name.", joint)
+    problem = faults.misfit(mask, mask_header, image, header)
+    findings.problems += () if problem is None else (problem,)
+    return problem is None
 
 
 def check_masked_loss(masked_loss: bool, samples: Sequence[Sample]) -> None:
     """Raise OptionError if --masked_loss is asked for and no sample has a mask."""
-    if masked_loss and all(sample.mask.kind == "none" for sample in samples):
+    if masked_loss and all(not sample.mask.is_given for sample in samples):
         raise OptionError(
             f"--masked_loss: none of the {len(samples)} images has a mask. Set conditioning_data_dir or alpha_mask "
             "in a subset of the dataset config, or leave --masked_loss out."

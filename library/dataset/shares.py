@@ -36,7 +36,7 @@ def divide(datasets: Sequence[Sequence[Sample]]) -> tuple[list[Sample], list[Sam
     for path in sorted(twice):
         joint = Joint("images are held back for validation in one subset, so others do not train on them", path.name)
         message = f"{path}: held back for validation in one subset, so no other trains on it."
-        shared.append(Problem("warning", path, message, joint))
+        shared.append(Problem("warning", path, message, joint, "validation-shared"))
     return trained, validation, shared
 
 

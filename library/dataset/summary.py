@@ -159,7 +159,8 @@ def mask_line(samples: Sequence[Sample], *, mean_weight: float | None = None) ->
     sources += [f"{kinds['alpha']} alpha"] if kinds["alpha"] else []
     sources += [f"{kinds['own']} of the class"] if kinds["own"] else []
     mean = f", mean weight {mean_weight:.2f}" if mean_weight is not None else ""
-    unmasked = f", {kinds['none']} unmasked" if kinds["none"] else ""
+    num_unmasked = kinds["none"] + kinds["padding"]
+    unmasked = f", {num_unmasked} unmasked" if num_unmasked else ""
     return (
         f"masks: {num_masked} of {len(samples)} images ({', '.join(sources)}){mean}{unmasked}; "
         "white (255) is learnt, black (0) is not"

@@ -88,10 +88,11 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
+    mask_settings.read_first_label_maps(found.samples + found.validation)
     found = mask_shares.without_empty(found)
-    _warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
+    mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
-    _warn_of_idle_prior(options.masks.mask_prior_every, found.samples)
+    _warn_of_idle_weights(options.masks.mask_prior_every, found.samples)
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:
@@ -106,13 +107,14 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     return Data(configs, found.samples, found.validation)
 
 
-def _warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
-    if reach is not None and all(sample.mask.kind == "none" for sample in samples):
-        log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
-
-
-def _warn_of_idle_prior(every: int, samples: Sequence[Sample]) -> None:
-    if every > 1 and not any(sample.subset.mask_prior_weight and sample.mask.kind != "none" for sample in samples):
+def _warn_of_idle_weights(prior_every: int, samples: Sequence[Sample]) -> None:
+    """Warn of settings of the loss that nothing makes use of."""
+    subsets = list({id(sample.subset): sample.subset for sample in samples}.values())
+    masked = list({id(sample.subset): sample.subset for sample in samples if sample.mask.kind != "none"}.values())
+    for name in ("mask_weight_min", "mask_area_norm", "mask_prior_weight"):
+        if any(getattr(subset, name) for subset in subsets) and not any(getattr(subset, name) for subset in masked):
+            log.warning("%s has no effect: none of the images that it is for has a mask", name)
+    if prior_every > 1 and not any(subset.mask_prior_weight for subset in masked):
         log.warning("--mask_prior_every has no effect: no image with a mask has a mask_prior_weight")
 
 
