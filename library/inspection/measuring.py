@@ -16,6 +16,7 @@ from library.masks import CELL
 SQUARES = 16  # a side, in which a picture is compared with others
 FLAT = 2.0  # a standard deviation below it is no detail, of 255
 WHITE = 128  # from here on a mask pixel is taken for white
+STEP = 4  # between neighbours, that is no smooth shade, of 255
 SPECK = 1 / 200  # side of a speck at most, of the mask's shorter side
 NEARLY = (1, 24)  # distance to black or white that JPEG leaves around edges
 COLOURED = 16  # difference of channels that is no rounding
@@ -32,8 +33,8 @@ def alpha_facts(rgb: Pixels, alpha: Pixels) -> AlphaFacts:
     detail = 0.0
     both = is_hidden[:, 1:] & is_hidden[:, :-1]
     if hidden and both.any():
-        steps = cv2.absdiff(np.ascontiguousarray(rgb[:, 1:]), np.ascontiguousarray(rgb[:, :-1]))
-        detail = float(steps[both].mean())
+        steps = cv2.absdiff(np.ascontiguousarray(rgb[:, 1:, 1]), np.ascontiguousarray(rgb[:, :-1, 1]))
+        detail = float((steps[both] > STEP).mean())
     return AlphaFacts(least, most, hidden, detail)
 
 
