@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from library.dataset.config import SubsetConfig
     from library.errors import DataError
 
+UNREAD = ("image-unreadable", "image-too-large", "file-empty")  # codes of images that are left out
 CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".text")  # that tagging programs write
 
 
@@ -173,12 +174,14 @@ def surplus_masks(
     Args:
         masks: by folder.
         stems: of the images that look there for their masks, by folder.
-        known: problems found so far.
+        known: problems found so far; the mask of an image that cannot be read is not told of.
     """
+    known = list(known)
+    unread = {each.path.stem for each in known if each.code in UNREAD}
     nearly = {file: each.code for each in known if each.code in ("mask-case", "mask-near-miss") for file in each.files}
     for folder, paths in masks.items():
         for mask in paths:
-            if mask.stem not in stems[folder]:
+            if mask.stem not in stems[folder] and mask.stem not in unread:
                 joint = Joint(f"masks in {folder} are not used, no image has their name", mask.name)
                 message = f"{mask}: not used, no image has this name."
                 yield Problem("warning", mask, message, joint, nearly.get(mask, "mask-surplus"))

@@ -18,22 +18,19 @@ DEFAULTS = {field.name: field.default for field in fields(SubsetConfig)}
 
 
 def idle_mask_settings(scene: Scene) -> Iterator[Problem]:
-    """Yield settings of masks that no masked image has."""
-    if not scene.samples:
-        return
+    """Yield settings of masks that no masked image has; where masks may only be missing by mistake, nothing."""
+    has_errors = any(problem.severity == "error" for problem in scene.scan.problems)
     masked = {id(sample.subset) for sample in scene.samples if sample.mask.kind != "none"}
     has_masks = {name for subset in _subsets(scene) if id(subset) in masked for name in _set(subset, OF_MASKS)}
     for subset in _subsets(scene):
-        if id(subset) not in masked and not any(problem.severity == "error" for problem in scene.scan.problems):
-            names = [name for name in _set(subset, OF_MASKS) if name not in has_masks and not _is_of_placement(name)]
-            names = [name for name in names if not (name == "mask_fill" and subset.random_placement)]
+        may_have_masks = subset.conditioning_data_dir is not None and has_errors
+        if id(subset) not in masked and not may_have_masks:
+            names = [name for name in _set(subset, OF_MASKS) if name not in has_masks]
+            if subset.random_placement:  # which fills what it leaves free
+                names = [name for name in names if name != "mask_fill"]
             if names:
                 reason = f"{listed(names)} has no effect: no image here has a mask."
                 yield found("mask-settings-idle", subset.source, reason)
-
-
-def _is_of_placement(name: str) -> bool:
-    return name in OF_PLACEMENT
 
 
 def idle_placement(scene: Scene) -> Iterator[Problem]:
