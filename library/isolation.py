@@ -22,6 +22,8 @@ Mask = npt.NDArray[np.uint8]  # (H, W)
 Floats = npt.NDArray[np.float32]
 
 MID_GREY = 127  # where nothing is learnt, there is no colour to fill with
+SWEEPS = 3  # of smoothing at each size
+TINY = np.float32(1e-6)  # stands for a weight of 0 where one divides by it
 VERSION = 1  # raised when the same picture and mask would be filled otherwise
 
 
@@ -120,41 +122,55 @@ def _root(covariance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _extend(rgb: Colours, mask: Mask, _: str) -> Colours:
-    """Return the learnt colours carried outwards, the further the smoother."""
+    """Return the learnt colours carried outwards, the further the smoother.
+
+    The picture is halved until it is a pixel, black cells getting the colours of their parts; on the way back each
+    size fills what is black in it from the one before, and smooths it while the learnt cells hold their colours. That
+    comes near to a soap film that hangs from the edge of what is learnt.
+    """
     weights = mask.astype(np.float32) * np.float32(1 / 255)
-    colours = rgb * weights[..., None]
-    return _to_bytes(_carried(colours, weights))
+    colours = np.asarray(rgb * weights[..., None], np.float32)
+    return _to_bytes(_from_half(colours, weights))  # those of the learnt pixels themselves are not needed
+
+
+def _from_half(colours: Floats, weights: Floats) -> Floats:
+    """Return what colours (H, W, 3) that are multiplied by weights (H, W) become, seen at half the size."""
+    height, width = weights.shape
+    size = (-(-width // 2), -(-height // 2))
+    odd = (0, height % 2, 0, width % 2)  # a row or column of weight 0 more
+    halves = [
+        np.asarray(cv2.resize(cv2.copyMakeBorder(each, *odd, cv2.BORDER_CONSTANT), size, interpolation=cv2.INTER_AREA))
+        for each in (colours, weights)
+    ]
+    gain = np.minimum(4, 1 / np.maximum(halves[1], TINY))  # one white pixel of four makes a white cell
+    half_colours, half_weights = (
+        np.asarray(each, np.float32) for each in (halves[0] * gain[..., None], halves[1] * gain)
+    )
+    coarse = _carried(half_colours, half_weights)
+    spread = cv2.resize(coarse, (2 * size[0], 2 * size[1]), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(spread[:height, :width], np.float32)
 
 
 def _carried(colours: Floats, weights: Floats) -> Floats:
-    """Return colours (H, W, 3) for all pixels: where weights (H, W) are below 1, more and more those of half the size.
+    """Return colours (H, W, 3) for all cells: the known ones as far as weights go, for the rest what lies around.
 
     Args:
         colours: multiplied by their weights.
-        weights: in [0, 1], one of them above 0.
+        weights: (H, W) in [0, 1], one of them above 0.
     """
-    height, width = weights.shape
-    known = np.asarray(colours / np.maximum(weights, np.float32(1e-6))[..., None], np.float32)
-    if height <= 1 and width <= 1:
-        return known
-    size = (-(-width // 2), -(-height // 2))
-    odd = (0, height % 2, 0, width % 2)
-    half_colours = cv2.resize(
-        cv2.copyMakeBorder(colours, *odd, cv2.BORDER_CONSTANT), size, interpolation=cv2.INTER_AREA
-    )
-    half_weights = cv2.resize(
-        cv2.copyMakeBorder(weights, *odd, cv2.BORDER_CONSTANT), size, interpolation=cv2.INTER_AREA
-    )
-    gain = np.minimum(np.float32(4), 1 / np.maximum(half_weights, np.float32(1e-6)))
-    coarse = _carried(
-        np.asarray(half_colours * gain[..., None], np.float32), np.asarray(half_weights * gain, np.float32)
-    )
-    spread = cv2.resize(coarse, (size[0] * 2, size[1] * 2), interpolation=cv2.INTER_LINEAR)[:height, :width]
-    return np.asarray(spread + (known - spread) * weights[..., None], np.float32)
+    share = weights[..., None]
+    known = colours / np.maximum(share, TINY)
+    if weights.size == 1:
+        return np.asarray(known, np.float32)
+    spread = _from_half(colours, weights)
+    for _ in range(SWEEPS):
+        held = spread + (known - spread) * share
+        spread = np.asarray(cv2.blur(held, (3, 3), borderType=cv2.BORDER_REPLICATE), np.float32)
+    return np.asarray(spread + (known - spread) * share, np.float32)
 
 
 def _to_bytes(colours: Floats) -> Colours:
-    return np.rint(colours).clip(0, 255).astype(np.uint8)
+    return np.rint(colours, out=colours).clip(0, 255, out=colours).astype(np.uint8)
 
 
 FILLS: Mapping[str, Callable[[Colours, Mask, str], Colours]] = MappingProxyType(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library.dataset import buckets
+from library.dataset import buckets, mask_settings
 from library.dataset.geometry import Size
 from library.dataset.schema import (
     DATASET_KEYS,
@@ -288,7 +288,9 @@ def _resolve_subset(table: Level, index: int, inherited: Sequence[Level], *, is_
     image_dir = table.values.get("image_dir")
     if image_dir is None:  # only with a metadata file
         image_dir = values["metadata_file"].parent
-    return SubsetConfig(image_dir=image_dir, index=index, **values)
+    subset = SubsetConfig(image_dir=image_dir, index=index, **values)
+    mask_settings.check(table.place, subset)
+    return subset
 
 
 def _with_valid_sizes(place: str, config: DatasetConfig, bucket_step_multiple: int) -> DatasetConfig:
