@@ -47,11 +47,6 @@ class Problem:
     remedy: str = ""  # what to do, if that is not what the kind says
     files: tuple[Path, ...] = ()  # others that it is about: of a mask its image, of a copy the original
 
-    @property
-    def reason(self) -> str:
-        """What is wrong: the message without the path at its start and the remedy at its end."""
-        return self.message.removeprefix(f"{self.path}: ").removesuffix(self.remedy).rstrip()
-
 
 def raise_errors(problems: Sequence[Problem]) -> None:
     """Raise a DataError of one line for the first kind of error among problems; do nothing if there is none."""

@@ -22,7 +22,7 @@ from library.inspection import figures
 from library.inspection.decoding import THUMBNAIL, as_webp
 from library.inspection.facts import Looked
 from library.inspection.findings_file import mean_weight
-from library.inspection.kinds import KINDS, remedy_of
+from library.inspection.kinds import KINDS, reason_of, remedy_of
 from library.inspection.page_style import DATASET_STYLE
 from library.inspection.scene import Scene
 from library.pages.parts import document, heading, picture, table
@@ -95,18 +95,19 @@ def _weights(looked: Iterable[Looked]) -> list[float]:
 
 
 def _findings(problems: Sequence[Problem], shots: _Shots) -> str:
-    groups: dict[tuple[int, str], list[Problem]] = {}
-    for problem in problems:
-        groups.setdefault((SEVERITIES.index(problem.severity), problem.code), []).append(problem)
-    ordered = sorted(groups.items(), key=lambda group: (group[0][0], list(KINDS).index(group[0][1])))
+    groups: dict[str, list[Problem]] = {}
+    for problem in sorted(problems, key=lambda each: SEVERITIES.index(each.severity)):
+        groups.setdefault(problem.code, []).append(problem)
+    places = {code: place for place, code in enumerate(KINDS)}
+    ordered = sorted(groups.values(), key=lambda group: (SEVERITIES.index(group[0].severity), places[group[0].code]))
     overview = "".join(
-        f'<li>{_badge(SEVERITIES[rank])}<a href="#{SEVERITIES[rank]}-{code}">{escape(KINDS[code].title)}</a>'
+        f'<li>{_badge(group[0].severity)}<a href="#{group[0].code}">{escape(KINDS[group[0].code].title)}</a>'
         f"<b>{len(group)}</b></li>"
-        for (rank, code), group in ordered
+        for group in ordered
     )
     if not overview:
         return ""
-    articles = "".join(_group(SEVERITIES[rank], code, group, shots) for (rank, code), group in ordered)
+    articles = "".join(_group(group, shots) for group in ordered)
     return f'<ul class="overview">{overview}</ul>{articles}'
 
 
@@ -114,14 +115,16 @@ def _badge(severity: str) -> str:
     return f'<span class="badge {severity}">{severity}</span>'
 
 
-def _group(severity: str, code: str, problems: Sequence[Problem], shots: _Shots) -> str:
+def _group(problems: Sequence[Problem], shots: _Shots) -> str:
+    """Return what is told of one kind of findings, the worst first."""
+    severity, code = problems[0].severity, problems[0].code
     remedies = {remedy_of(problem) for problem in problems}
     shared = f'<p class="remedy">{escape(remedies.pop())}</p>' if len(remedies) == 1 else ""
     cases = "".join(_case(problem, shots, has_remedy=not shared) for problem in problems[:MOST_CASES])
     rest = len(problems) - MOST_CASES
     more = f'<p class="more">and {rest} more, which --json lists</p>' if rest > 0 else ""
     return (
-        f'<article class="finding" id="{severity}-{code}"><h3>{_badge(severity)}{escape(KINDS[code].title)} '
+        f'<article class="finding" id="{code}"><h3>{_badge(severity)}{escape(KINDS[code].title)} '
         f'<code>{code}</code></h3>{shared or "<p></p>"}<ul class="cases">{cases}</ul>{more}</article>'
     )
 
@@ -131,12 +134,13 @@ def _case(problem: Problem, shots: _Shots, *, has_remedy: bool) -> str:
     place = str(problem.path.parent)
     return (
         f"<li>{_shots_of(problem, shots)}<h4>{escape(problem.path.name)}</h4>"
-        f'<p class="place">{escape(place)}</p><p>{escape(_sentence(problem.reason))}</p>{remedy}</li>'
+        f'<p class="place">{escape(place)}</p><p>{escape(_sentence(reason_of(problem)))}</p>{remedy}</li>'
     )
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    first = text.partition(" ")[0]
+    return text[:1].upper() + text[1:] if first.isalpha() else text
 
 
 def _shots_of(problem: Problem, shots: _Shots) -> str:

@@ -13,7 +13,7 @@ DATASET_STYLE = (
   border-left: 6px solid var(--good); background: var(--card); font-weight: 600; }
 .verdict.error { border-left-color: var(--error); } .verdict.warning { border-left-color: var(--warning); }
 .verdict span { font-weight: 400; color: var(--quiet); }
-.overview { list-style: none; margin: 0 0 8px; padding: 0; columns: 2 340px; column-gap: 32px; font-size: .9rem; }
+.overview { list-style: none; margin: 0 0 24px; padding: 0; columns: 2 340px; column-gap: 32px; font-size: .9rem; }
 .overview li { display: flex; gap: 10px; align-items: baseline; padding: 4px 0; break-inside: avoid; }
 .overview a { color: inherit; text-decoration: none; flex: 1; border-bottom: 1px dotted var(--line); }
 .overview a:hover { color: var(--accent); }
@@ -21,18 +21,18 @@ DATASET_STYLE = (
 .badge { display: inline-block; min-width: 62px; padding: 1px 9px; border-radius: 99px; font-size: .75rem;
   font-weight: 600; text-align: center; color: #fff; background: var(--note); }
 .badge.error { background: #b3291a; } .badge.warning { background: #9a6700; } .badge.note { background: #2b62b8; }
-.finding { scroll-margin-top: 12px; }
+.finding { scroll-margin-top: 12px; padding-top: 20px; border-top: 1px solid var(--line); }
 .finding > h3 { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: baseline; }
 .finding code { font: .8125rem ui-monospace, "Cascadia Mono", Menlo, monospace; color: var(--quiet); font-weight: 400; }
 .remedy { margin: 6px 0 12px; }
 .cases { list-style: none; margin: 0; padding: 0; display: grid; gap: 14px;
-  grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); }
 .cases li { border: 1px solid var(--line); border-radius: 10px; padding: 12px; min-width: 0; }
 .cases h4 { margin: 0; font-size: .875rem; overflow-wrap: anywhere; }
 .cases p { margin: 2px 0 0; font-size: .875rem; overflow-wrap: anywhere; }
 .cases .place { color: var(--quiet); font-size: .75rem; }
 .shots { display: flex; flex-wrap: wrap; gap: 6px; margin: 0 0 8px; align-items: flex-end; }
-.shots img { max-height: 132px; width: auto; border-radius: 6px;
+.shots img { max-height: 104px; width: auto; border-radius: 6px;
   background: repeating-conic-gradient(#8884 0 25%, #8881 0 50%) 0 0 / 16px 16px; }
 .more { color: var(--quiet); font-size: .875rem; margin: 10px 0 0; }
 .buckets { list-style: none; margin: 0; padding: 0; display: grid; gap: 12px;

@@ -54,16 +54,21 @@ def contradictions(scene: Scene) -> Iterator[Problem]:
         if subset.mask_weight_min >= 1:
             reason = "mask_weight_min = 1 lets everything be learnt: the masks have no effect."
             yield found("mask-settings-contradict", source, reason, remedy="Set it well below 1.")
-        elif subset.mask_weight_min > 0 and set(subset.mask_fill) != {"keep"}:
-            reason = f"mask_weight_min = {subset.mask_weight_min:g} lets the fill be learnt that mask_fill puts there."
-            remedy = 'Set mask_weight_min = 0, or mask_fill = "keep".'
-            yield found("mask-settings-contradict", source, reason, remedy=remedy)
         if subset.unmasked_probability >= 1:
             reason = "unmasked_probability = 1 shows every image without its mask: the masks have no effect."
             yield found("mask-settings-contradict", source, reason, remedy="Set it below 1.")
         if subset.mask_labels and all(weight == 0 for _, weight in subset.mask_labels) and not subset.mask_invert:
             reason = "mask_labels gives every label the weight 0: nothing is learnt."
             yield found("mask-settings-contradict", source, reason, remedy="Give what is to be learnt a weight.")
+
+
+def learnt_fills(scene: Scene) -> Iterator[Problem]:
+    """Yield weights of what is masked out that let a fill be learnt; reading the config says that too."""
+    for subset in _subsets(scene):
+        if 0 < subset.mask_weight_min < 1 and set(subset.mask_fill) != {"keep"}:
+            reason = f"mask_weight_min = {subset.mask_weight_min:g} lets the fill be learnt that mask_fill puts there."
+            remedy = 'Set mask_weight_min = 0, or mask_fill = "keep".'
+            yield found("mask-settings-contradict", subset.source, reason, remedy=remedy)
 
 
 def _subsets(scene: Scene) -> list[SubsetConfig]:

@@ -251,9 +251,7 @@ SETTINGS: dict[str, Callable[[Path], str]] = {
     "self": lambda root: f"conditioning_data_dir = {str(root / 'self')!r}",
     "loose": lambda root: "placement_rotate = 20.0",
     "12_wolf": lambda root: f"conditioning_data_dir = {str(root / '12_wolf-m')!r}",
-    "labels": lambda root: (
-        f"conditioning_data_dir = {str(root / 'labels-m')!r}\nmask_labels = {{ 1 = 1.0, 9 = 0.5 }}"
-    ),
+    "labels": lambda root: f"conditioning_data_dir = {str(root / 'labels-m')!r}\nmask_labels = {{ 1 = 1.0, 9 = 0.5 }}",
     "reg": lambda root: "is_reg = true",
 }
 OF_SETTINGS = {

@@ -30,5 +30,6 @@ def test_nothing_else_is_found(found):
 
     _, expected, problems = found
     for each in problems:
-        if (each["code"], Path(each["path"]).name) not in expected: print(each["code"], Path(each["path"]).name, each["reason"][:150])
+        if (each["code"], Path(each["path"]).name) not in expected:
+            print(each["code"], Path(each["path"]).name, each["reason"][:150])
     assert {(each["code"], Path(each["path"]).name) for each in problems} - expected == set()
