@@ -18,9 +18,12 @@ UNREAD = ("image-unreadable", "image-too-large", "file-empty")  # codes of image
 CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".text")  # that tagging programs write
 
 
-def code_of(error: DataError, otherwise: str) -> str:
-    """Return the kind of fault of a file; of one that is no readable picture, what that means where it lies."""
-    return error.code if isinstance(error, FileError) and error.code != "unreadable" else otherwise
+def failure(path: Path, error: DataError, otherwise: str) -> Problem:
+    """Return the error of a file that cannot be used; otherwise: its code if it says none but "unreadable"."""
+    if not isinstance(error, FileError):
+        return Problem("error", path, str(error), code=otherwise)
+    code = otherwise if error.code == "unreadable" else error.code
+    return Problem("error", path, str(error), code=code, remedy=error.remedy)
 
 
 def absent_images(absent: Sequence[Path], subset: SubsetConfig) -> Iterator[Problem]:

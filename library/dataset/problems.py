@@ -29,10 +29,10 @@ class Joint:
 class FileError(DataError):
     """A file that cannot be used, with the kind of its fault."""
 
-    def __init__(self, code: str, message: str) -> None:
-        """Take the code, see Problem.code, and the message."""
-        super().__init__(message)
-        self.code = code
+    def __init__(self, code: str, reason: str, remedy: str = "") -> None:
+        """Take the code, see Problem.code, what is wrong, naming the file, and what to do."""
+        super().__init__(f"{reason} {remedy}".rstrip())
+        self.code, self.remedy = code, remedy
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,16 @@ def _picture(sample: Sample, problems: list[Problem]) -> tuple[PictureFacts | No
         if (width, height) != sample.transform.source:
             raise DataError(f"{sample.path}: has changed while it was read. Start again.")
     except DataError as error:
-        problems.append(Problem("error", sample.path, str(error), code="image-unreadable"))
+        problems.append(_failure(sample.path, error, "image-unreadable"))
         return None, None, None
     alpha = None if decoded.alpha is None else measuring.alpha_facts(decoded.rgb, decoded.alpha)
     return PictureFacts(_file_facts(data), alpha, *measuring.likeness(decoded.rgb, decoded.alpha)), decoded, None
+
+
+def _failure(path: Path, error: DataError, code: str, about: tuple[Path, ...] = ()) -> Problem:
+    """Return the error of a file that cannot be decoded; the last sentence of its message says what to do."""
+    remedy = str(error).rpartition(". ")[2]
+    return Problem("error", path, str(error), code=code, remedy=remedy, files=about)
 
 
 def _file_facts(data: bytes) -> FileFacts:
@@ -121,7 +127,7 @@ def _mask(sample: Sample, decoded: Decoded | None, problems: list[Problem]) -> t
             image = images.open_mask(data, source.path)
             raw = images.mask_values(image, source.path, labels)
         except DataError as error:
-            problems.append(Problem("error", source.path, str(error), code="mask-unreadable", files=(sample.path,)))
+            problems.append(_failure(source.path, error, "mask-unreadable", (sample.path,)))
             return None, None
         file, hue, transparency = _file_facts(data), measuring.coloured(image), measuring.transparency(image)
         if labels:

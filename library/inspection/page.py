@@ -241,7 +241,7 @@ def _sheet_figure(looked: Looked, told: Counter[Path]) -> str:
     found = f" · <em>{_number(count, 'finding')}</em>" if count else ""
     held = " · held back" if sample.is_validation else ""
     return (
-        f"<figure>{_shot(looked.thumbnail, sample.path.name)}<figcaption><b>{escape(sample.path.name)}</b><br>"
+        f"<figure>{_shot(looked.thumbnail, sample.path.name)}<figcaption><b>{escape(sample.path.name)}</b>"
         f"{size} · {share}{held}{found}</figcaption></figure>"
     )
 

@@ -47,7 +47,7 @@ DATASET_STYLE = (
 .sheet { display: grid; gap: 16px 12px; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); }
 .sheet figure { min-width: 0; } .sheet img { max-height: 150px; width: auto; border-radius: 6px; }
 .sheet figcaption { font-size: .8125rem; overflow-wrap: anywhere; margin-top: 4px; }
-.sheet figcaption b { color: var(--ink); } .sheet em { font-style: normal; color: var(--warning); }
+.sheet figcaption b { color: var(--ink); display: block; } .sheet em { font-style: normal; color: var(--warning); }
 .swatch { display: inline-block; width: 12px; height: 12px; border-radius: 3px; background: var(--veil);
   vertical-align: -1px; opacity: .8; }
 @media (max-width: 560px) { .cases, .sheet { grid-template-columns: 1fr; } }

@@ -109,11 +109,21 @@ def plant_pictures(root: Path) -> dict[str, str]:
     (f.images / "more").mkdir()
     scene("inner").save(f.images / "more" / "inner.png")
     return {
-        **{"cut.png": "image-unreadable", "nothing.png": "file-empty", "huge.png": "image-too-large"},
-        **{"moving.webp": "image-animated", "deep.png": "image-16-bit", "print.jpg": "image-cmyk"},
-        **{"indexed.png": "image-palette", "turned.png": "image-turned", "tiny.png": "image-enlarged"},
-        **{"strip.png": "image-aspect", "twice.png": "image-duplicate", "similar.png": "image-similar"},
-        **{"stem.png": "image-same-stem", "Thumbs.db": "file-hidden", "scan.tif": "file-format"},
+        "cut.png": "image-unreadable",
+        "nothing.png": "file-empty",
+        "huge.png": "image-too-large",
+        "moving.webp": "image-animated",
+        "deep.png": "image-16-bit",
+        "print.jpg": "image-cmyk",
+        "indexed.png": "image-palette",
+        "turned.png": "image-turned",
+        "tiny.png": "image-enlarged",
+        "strip.png": "image-aspect",
+        "twice.png": "image-duplicate",
+        "similar.png": "image-similar",
+        "stem.png": "image-same-stem",
+        "Thumbs.db": "file-hidden",
+        "scan.tif": "file-format",
         "pictures": "folder-inner",
     }
 
@@ -158,13 +168,27 @@ def plant_masks(root: Path) -> dict[str, str]:
     exif[ORIENTATION] = 8
     scene("lying").save(f.images / "lying.png", exif=exif)
     return {
-        **{"absent.png": "mask-missing", "bird.png": "mask-near-miss", "Case.png": "mask-case"},
-        **{"nobody at all.png": "mask-surplus", "square.png": "mask-shape", "broken.png": "mask-unreadable"},
-        **{"film.webp": "mask-animated", "fine.png": "mask-16-bit", "jpeg.jpg": "mask-jpeg"},
-        **{"black.png": "mask-empty", "speck.png": "mask-nearly-empty", "white.png": "mask-full"},
-        **{"inverted.png": "mask-inverted", "levels.png": "mask-levels", "clear.png": "mask-in-alpha"},
-        **{"colour.png": "mask-coloured", "copy.png": "mask-is-picture", "thin.png": "mask-thin"},
-        **{"noisy.png": "mask-speckled", "aside.png": "mask-cut-away", "lying.png": "mask-orientation"},
+        "absent.png": "mask-missing",
+        "bird.png": "mask-near-miss",
+        "Case.png": "mask-case",
+        "nobody at all.png": "mask-surplus",
+        "square.png": "mask-shape",
+        "broken.png": "mask-unreadable",
+        "film.webp": "mask-animated",
+        "fine.png": "mask-16-bit",
+        "jpeg.jpg": "mask-jpeg",
+        "black.png": "mask-empty",
+        "speck.png": "mask-nearly-empty",
+        "white.png": "mask-full",
+        "inverted.png": "mask-inverted",
+        "levels.png": "mask-levels",
+        "clear.png": "mask-in-alpha",
+        "colour.png": "mask-coloured",
+        "copy.png": "mask-is-picture",
+        "thin.png": "mask-thin",
+        "noisy.png": "mask-speckled",
+        "aside.png": "mask-cut-away",
+        "lying.png": "mask-orientation",
     }
 
 
@@ -184,7 +208,9 @@ def plant_cutouts(root: Path) -> dict[str, str]:
     g.caption("hole", "photo of a hole")
     Image.fromarray(np.dstack([np.asarray(scene("hole")), np.asarray(ellipse())])).save(g.images / "hole.png")
     return {
-        **{"solid.png": "alpha-opaque", "ghost.png": "alpha-transparent", "backdrop.png": "alpha-hidden-picture"},
+        "solid.png": "alpha-opaque",
+        "ghost.png": "alpha-transparent",
+        "backdrop.png": "alpha-hidden-picture",
         "hole.png": "alpha-unused",
     }
 
@@ -206,8 +232,12 @@ def plant_captions(root: Path) -> dict[str, str]:
     h.good("tagged")
     (h.images / "tagged.txt").rename(h.images / "tagged.caption")
     return {
-        **{"mute.png": "caption-empty", "latin.png": "caption-encoding", "mojibake.png": "caption-garbled"},
-        **{"marked.png": "caption-names-masked", "space.png": "caption-empty", "untold": "caption-missing"},
+        "mute.png": "caption-empty",
+        "latin.png": "caption-encoding",
+        "mojibake.png": "caption-garbled",
+        "marked.png": "caption-names-masked",
+        "space.png": "caption-empty",
+        "untold": "caption-missing",
         "tags": "caption-extension",
     }
 
@@ -233,9 +263,14 @@ def plant_folders(root: Path) -> dict[str, str]:
     reg.good("known")
     reg.images.joinpath("known.png").write_bytes((root / "words" / "marked.png").read_bytes())
     return {
-        **{"parent": "folder-level", "self": "mask-folder-of-images", "loose_mask": "masks-unused"},
-        **{"12_wolf": "folder-repeats", "labelled.png": "label-unlisted", "labels-m": "label-unused"},
-        **{"known.png": "reg-duplicate", "nowhere": "mask-folder-absent"},
+        "parent": "folder-level",
+        "self": "mask-folder-of-images",
+        "loose_mask": "masks-unused",
+        "12_wolf": "folder-repeats",
+        "labelled.png": "label-unlisted",
+        "labels-m": "label-unused",
+        "known.png": "reg-duplicate",
+        "nowhere": "mask-folder-absent",
     }
 
 
