@@ -25,7 +25,7 @@ from library.inspection.findings_file import mean_weight
 from library.inspection.kinds import KINDS, reason_of, remedy_of
 from library.inspection.page_style import DATASET_STYLE
 from library.inspection.scene import Scene
-from library.pages.parts import document, heading, picture, table
+from library.pages.parts import document, heading, picture, scrolled, table
 from library.whole_file import whole_file
 
 SEVERITIES = ("error", "warning", "note")
@@ -53,7 +53,7 @@ def write_page(path: Path, title: str, scene: Scene, problems: Sequence[Problem]
             by_path.setdefault(looked.sample.mask.path, looked)
     sections = [
         ("Findings", _findings(problems, _Shots(by_path))),
-        ("How much of each masked image is learnt", figures.weight_histogram(_weights(scene.looked))),
+        ("How much of each masked image is learnt", _histogram(scene)),
         ("Subsets", table(_subset_rows(scene))),
         ("Buckets", figures.bucket_shapes(group_by_bucket(scene.configs, scene.scan.samples))),
         ("All pictures as training sees them", _sheet(scene.looked, problems)),
@@ -65,6 +65,11 @@ def write_page(path: Path, title: str, scene: Scene, problems: Sequence[Problem]
             partial.write_text(page, encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}).") from None
+
+
+def _histogram(scene: Scene) -> str:
+    drawn = figures.weight_histogram(_weights(scene.looked))
+    return scrolled(drawn, "mean weights") if drawn else ""
 
 
 def _tiles(scene: Scene, problems: Sequence[Problem]) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ DATASET_STYLE = (
 .finding { scroll-margin-top: 12px; padding-top: 20px; border-top: 1px solid var(--line); }
 .finding > h3 { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: baseline; }
 .finding code { font: .8125rem ui-monospace, "Cascadia Mono", Menlo, monospace; color: var(--quiet); font-weight: 400; }
-.remedy { margin: 6px 0 12px; }
+.remedy { margin: 6px 0 12px; overflow-wrap: anywhere; }
 .cases { list-style: none; margin: 0; padding: 0; display: grid; gap: 14px;
   grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); }
 .cases li { border: 1px solid var(--line); border-radius: 10px; padding: 12px; min-width: 0; }
@@ -50,6 +50,6 @@ DATASET_STYLE = (
 .sheet figcaption b { color: var(--ink); display: block; } .sheet em { font-style: normal; color: var(--warning); }
 .swatch { display: inline-block; width: 12px; height: 12px; border-radius: 3px; background: var(--veil);
   vertical-align: -1px; opacity: .8; }
-@media (max-width: 560px) { .cases, .sheet { grid-template-columns: 1fr; } }
+@media (max-width: 560px) { .cases, .sheet { grid-template-columns: minmax(0, 1fr); } }
 """
 )
