@@ -92,12 +92,22 @@ def check(read: CommandLine) -> int:
 
 
 def tell(problems: Sequence[Problem]) -> None:
-    """Print all problems, the worst first."""
+    """Print all problems, the worst first; of notes a line for each kind."""
+    from library.dataset.problems import joint_messages
+
     counts = {severity: sum(each.severity == severity for each in problems) for severity in SEVERITIES}
-    notes = f", {counts['note']} notes" if counts["note"] else ""
-    print(f"problems: {counts['error']} errors, {counts['warning']} warnings{notes}")
+    more = f", {counts['note']} notes" if counts["note"] else ""
+    print(f"problems: {counts['error']} errors, {counts['warning']} warnings{more}")
     for problem in sorted(problems, key=lambda each: SEVERITIES.index(each.severity)):
-        print(f"  {problem.severity}: {problem.message} [{problem.code}]")
+        if problem.severity != "note":
+            print(f"  {problem.severity}: {problem.message} [{problem.code}]")
+    notes_by_code: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if problem.severity == "note":
+            notes_by_code.setdefault(problem.code, []).append(problem)
+    for code, alike in notes_by_code.items():
+        for message in joint_messages(alike):
+            print(f"  note: {message} [{code}]")
 
 
 def draw_sheet(samples: Sequence[Sample], path: Path) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""Both reports, opened in a browser: every picture is decoded, every figure is drawn, nothing is wider than the window."""
+"""Both reports in a browser: every picture is decoded, every figure drawn, and nothing is wider than the window."""
 
 import json
 import re
@@ -27,14 +27,15 @@ addEventListener("load", async () => {
   pictures.forEach((picture) => { picture.loading = "eager"; });  // wherever the window ends
   const done = (picture) => picture.complete || new Promise((tell) => { picture.onload = picture.onerror = tell; });
   await Promise.all(pictures.map(done));
-  const area = (element) => { const box = element.getBoundingClientRect(); return box.width * box.height; };
-  const length = (element) => { const box = element.getBoundingClientRect(); return Math.max(box.width, box.height); };
+  const box = (element) => element.getBoundingClientRect();
+  const area = (element) => box(element).width * box(element).height;
+  const length = (element) => Math.max(box(element).width, box(element).height);
   document.getElementById("seen").textContent = JSON.stringify({
     title: page.title,
     pictures: pictures.length,
     decoded: pictures.filter((picture) => picture.naturalWidth > 1 && area(picture) > 100).length,
     charts: [...page.querySelectorAll("svg.chart")].filter((chart) => area(chart) > 10000).length,
-    marks: [...page.querySelectorAll("svg.chart path.line, svg.chart rect.bar")].filter((mark) => length(mark) > 1).length,
+    marks: [...page.querySelectorAll("svg.chart .line, svg.chart .bar")].filter((mark) => length(mark) > 1).length,
     tables: [...page.querySelectorAll("table")].filter((table) => area(table) > 1000).length,
     findings: page.querySelectorAll("article.finding").length,
     overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
