@@ -128,4 +128,4 @@ def _emptied(samples: Iterable[Sample]) -> Iterator[Problem]:
         if not captions.preview(sample.captions, sample.subset, tags).strip():
             joint = Joint("captions are empty without what mask_drop_tags leaves out", sample.path.name)
             message = f"{sample.path}: its caption is empty without what mask_drop_tags leaves out."
-            yield Problem("warning", sample.path, message, joint)
+            yield Problem("warning", sample.path, message, joint, code="drop-tags-all")
