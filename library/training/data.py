@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.dataset import config, latents, mask_settings, own_class, plan, problems, scan, texts
+from library.dataset import config, cut_settings, latents, mask_settings, own_class, plan, problems, scan, texts
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
 from library.errors import OptionError
@@ -74,6 +74,9 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
     _warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
+    cut_settings.warn_of_idle(
+        [subset for each in configs for subset in each.subsets], is_cached=options.caching.cache_latents
+    )
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:

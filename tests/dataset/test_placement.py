@@ -12,7 +12,7 @@ from PIL import Image
 
 from library.dataset import geometry, images, looks, placement, scan
 from library.dataset.config import DatasetConfig, SubsetConfig
-from library.dataset.cut_settings import check
+from library.dataset.cut_settings import DEFAULT_VARIANTS, check, warn_of_idle
 from library.dataset.geometry import Transform, size_conditioning
 from library.dataset.images import Decoded
 from library.dataset.latents import build_store
@@ -313,3 +313,13 @@ def test_two_settings_that_both_choose_the_cut_are_refused(keys, names):
 def test_a_setting_without_the_switch_it_belongs_to_is_warned_about(keys, needed, caplog):
     check("datasets[0].subsets[0]", SubsetConfig(Path("images"), **keys))
     assert f"{next(iter(keys))} has no effect without {needed}" in caplog.text
+
+
+def test_variants_without_a_cache_are_warned_about(caplog):
+    subsets = [replace(SUBSET, placement_variants=9), SUBSET]
+    assert SUBSET.placement_variants == DEFAULT_VARIANTS
+    warn_of_idle(subsets, is_cached=True)
+    assert not caplog.messages
+    warn_of_idle(subsets, is_cached=False)
+    (message,) = caplog.messages
+    assert "placement_variants 9 has no effect without --cache_latents" in message
