@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from library.dataset import captions, files, images
+from library.dataset import captions, files, images, looks
 from library.dataset.geometry import Pixels
 from library.dataset.scan import Sample
 from library.errors import DataError
@@ -71,6 +71,8 @@ def assemble(pictures: Sequence[Image.Image], num_samples: int, path: Path) -> P
 def _draw_cell(sample: Sample) -> Image.Image:
     pixels = images.read_training_pixels(sample)
     weights = images.read_mask_weights(sample)
+    if weights is not None:
+        weights = np.maximum(weights, np.float32(sample.subset.mask_weight_min))
     cell = Image.new("RGB", (CELL_WIDTH, CELL_HEIGHT), BACKGROUND)
     for number, part in enumerate((pixels, pixels if weights is None else veiled(pixels, weights))):
         method = Image.Resampling.LANCZOS if max(part.shape) > SIDE else Image.Resampling.NEAREST
@@ -102,7 +104,9 @@ def _share(sample: Sample, weights: Weights | None) -> str:
     )
     if sample.mask.path is not None:
         source = sample.mask.path.name
-    return f"{weights.mean():.0%} is learnt, mask: {source}"
+    fills = [look.fill.kind for look in looks.looks_of(sample)]
+    filled = "" if set(fills) == {"keep"} else f", fill: {', '.join(dict.fromkeys(fills))}"
+    return f"{weights.mean():.0%} is learnt, mask: {source}{filled}"
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -269,7 +269,8 @@ def see(image: Decoded, mask: Pixels | None, look: Look, path: Path) -> Seen:
     Raises: DataError if the file is not of the size that the look was made for.
     """
     if mask is not None and not look.fill.is_keep:
-        image = replace(image, rgb=isolated(image.rgb, mask, look.fill, looks.seed_of(path)))
+        grain = max(1, round(look.transform.source[0] / look.transform.resized[0]))
+        image = replace(image, rgb=isolated(image.rgb, mask, look.fill, looks.seed_of(path), grain))
     pixels = in_bucket(image, look.transform, path)
     if look.transform.placement is not None:
         pixels = _on_canvas(pixels, mask, look, path)
@@ -282,20 +283,22 @@ def _on_canvas(pixels: Pixels, mask: Pixels | None, look: Look, path: Path) -> P
     Its fill, too, is made only of what is not masked out; the picture's mean colour stands for keep.
     """
     coverage = geometry.coverage(look.transform)
-    if look.fill.is_keep or coverage.min() == 255:
+    if coverage.min() == 255:
+        return pixels
+    if look.fill.is_keep:
         return placement.over_canvas(pixels, coverage, placement.mean_colour(pixels, coverage))
     shown = coverage if mask is None else geometry.apply(look.transform, mask)
     return isolation.fill(pixels, shown, look.fill, looks.seed_of(path))
 
 
-def isolated(rgb: Pixels, mask: Pixels, fill: Fill, seed: str) -> Pixels:
+def isolated(rgb: Pixels, mask: Pixels, fill: Fill, seed: str, grain: int = 1) -> Pixels:
     """Return colours (H, W, 3) that are filled where a mask is black, which may be a rescaled copy; see isolation."""
     height, width = rgb.shape[:2]
     if mask.shape != rgb.shape[:2]:
         is_smaller = mask.shape[0] < height
         method = cv2.INTER_NEAREST_EXACT if is_smaller else cv2.INTER_AREA
         mask = np.asarray(cv2.resize(mask, (width, height), interpolation=method), np.uint8)
-    return isolation.fill(rgb, mask, fill, seed)
+    return isolation.fill(rgb, mask, fill, seed, grain)
 
 
 def read_training_pixels(sample: Sample) -> Pixels:

@@ -72,7 +72,8 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
-    _warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
+    mask_settings.read_first_label_maps(found.samples + found.validation)
+    mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
     cut_settings.warn_of_idle(
         [subset for each in configs for subset in each.subsets], is_cached=options.caching.cache_latents
@@ -89,11 +90,6 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
             if getattr(options.validation, name) is not None:
                 log.warning("--%s has no effect: no image is held back, see --validation_split", name)
     return Data(configs, found.samples, found.validation)
-
-
-def _warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
-    if reach is not None and all(sample.mask.kind == "none" for sample in samples):
-        log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
 
 
 def in_whole_tokens(config: DatasetConfig, side_multiple: int) -> DatasetConfig:

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from library.dataset import contact_sheet
 from library.dataset.config import SubsetConfig
+from library.dataset.geometry import Transform
 from library.dataset.images import mean_mask_weight, read_mask_weights, read_training_pixels
 from library.dataset.latents import build_store
 from library.dataset.loader import DrawnImages, LoaderSettings
@@ -142,6 +144,39 @@ def test_noise_is_the_same_whatever_format_the_picture_is_saved_in(tmp_path, enc
     samples = [filled(tmp_path / name, "noise", mask=source) for name in ("a.jpg", "a.png")]
     store = build_store(samples, settings_of(), encoder)
     assert torch.equal(latents_of(store, 0), latents_of(store, 1))
+
+
+@pytest.mark.parametrize(("fills", "named"), [(("mean",), ", fill: mean"), (("mean", "keep"), ", fill: mean, keep")])
+def test_the_contact_sheet_shows_and_names_what_is_filled(tmp_path, monkeypatch, fills, named):
+    pixels, mask = np.full((80, 96, 3), 200, np.uint8), np.zeros((80, 96), np.uint8)
+    pixels[:, 48:] = 0
+    mask[:, :48] = 255
+    Image.fromarray(np.dstack((pixels, mask))).save(tmp_path / "a.png")
+    texts = []
+    wrapped = contact_sheet.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        contact_sheet.ImageDraw.ImageDraw,
+        "text",
+        lambda self, place, text, *more: (texts.append(text), wrapped(self, place, text, *more))[1],
+    )
+    cell = contact_sheet.cells([filled(tmp_path / "a.png", *fills, mask_weight_min=0.5)]).popitem()[1]
+    shown = np.asarray(cell)[: contact_sheet.SIDE, : contact_sheet.SIDE]
+    assert (shown == 200).all()
+    assert f"75% is learnt, mask: alpha channel{named}" in texts, "a half of all, and the least weight of the rest"
+
+
+def test_noise_is_as_strong_in_a_picture_that_is_reduced(tmp_path):
+    strengths = []
+    for factor in (1, 5):
+        rng = np.random.default_rng(0)
+        pixels = rng.integers(90, 166, (64 * factor, 64 * factor, 3), dtype=np.uint8)
+        mask = np.zeros(pixels.shape[:2], np.uint8)
+        mask[:, : 16 * factor] = 255
+        Image.fromarray(np.dstack((pixels, mask))).save(tmp_path / "a.png")
+        size = (64 * factor, 64 * factor)
+        sample = replace(filled(tmp_path / "a.png", "noise"), transform=Transform(size, (64, 64), (0, 0), (64, 64)))
+        strengths.append(read_training_pixels(sample)[:, 17:].std())
+    assert strengths[1] == pytest.approx(strengths[0], rel=0.1)
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------

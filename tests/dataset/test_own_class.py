@@ -48,8 +48,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def scan(**options: Any) -> own_class.scan.Scan:
-    captions = options.pop("captions", CaptionOptions())
-    masks = options.pop("masks", MaskOptions())
+    captions, masks = options.pop("captions", CaptionOptions()), options.pop("masks", MaskOptions())
     dataset = DatasetOptions(**{"dataset_class": NAME, "resolution": "64", "train_batch_size": 2, **options})
     configs = config.load(dataset, captions, masks)
     return own_class.scan_any(configs, dataset, None)
@@ -179,6 +178,18 @@ def test_the_draws_of_the_run_go_on_as_if_the_class_had_drawn_nothing(install: I
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     batch(scan(), 0, 1)
     assert draws() == wanted
+
+
+def test_what_its_masks_mask_out_is_filled_and_its_masks_are_shaped(install: Install) -> None:
+    """White in the left half but inverted: the right half is learnt, less a column of cells that is eroded away."""
+    half, pixels = np.zeros((64, 64), np.uint8), picture(red=40)
+    half[:, :32], pixels[:, 40:] = 255, (200, 100, 50)
+    install(lambda i: {"image": pixels, "caption": "", "mask": None if i else half})
+    loaded = batch(scan(masks=MaskOptions(mask_fill=("mean",), mask_invert=True, mask_erode=8.0)), 0, 1)
+    assert (loaded.masks[0, 0].amin(dim=0) == torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])).all()
+    seen = ((loaded.images + 1) * 127.5).round()
+    assert (seen[0] == torch.tensor([200, 100, 50])[:, None, None]).all(), "all as what is learnt"
+    assert seen[1, :, 0, 0].tolist() == [40, 0, 0], "without a mask nothing is filled"
 
 
 def test_buckets_are_made_of_the_sizes_that_the_class_tells(install: Install) -> None:
