@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import struct
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,20 +122,29 @@ def decode_mask(data: bytes, path: Path, labels: Labels = ()) -> Pixels:
 
     Raises: DataError.
     """
+    return mask_values(open_mask(data, path), path, labels)
+
+
+def open_mask(data: bytes, path: Path) -> Image.Image:
+    """Return a mask file's bytes as a picture of whatever mode, upright. Raises: DataError."""
     try:
         with Image.open(io.BytesIO(data)) as file:
-            image = _upright(file)
-            if labels:
-                return label_maps.weights_of(image, labels, path)
-            if image.mode.startswith("I") or image.mode == "F":
-                return _grey_8_bit(image, path)
-            if image.mode in ("L", "LA"):
-                return np.asarray(image.getchannel(0))
-            if image.mode == "P":  # straight to RGB would warn about palettes with transparency
-                image = image.convert("RGBA")
-            return np.asarray(image.convert("RGB").getchannel(0))
+            return _upright(file)
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
+
+
+def mask_values(image: Image.Image, path: Path, labels: Labels = ()) -> Pixels:
+    """Return a mask that has been opened as (H, W) uint8; see decode_mask. Raises: DataError."""
+    if labels:
+        return label_maps.weights_of(image, labels, path)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_8_bit(image, path)
+    if image.mode in ("L", "LA"):
+        return np.asarray(image.getchannel(0))
+    if image.mode == "P":  # straight to RGB would warn about palettes with transparency
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB").getchannel(0))
 
 
 def _upright(file: Image.Image) -> Image.Image:
@@ -322,22 +328,6 @@ def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:
         image, sample, _ = of_sample(sample)
     sums = mask_in_bucket(image, sample.mask, looks.first_of(sample).transform)
     return None if sums is None else to_array(sums)
-
-
-def mean_mask_weight(samples: Iterable[Sample]) -> float | None:
-    """Return the mean weight of the samples that have a mask, each image counting once; None if none has one.
-
-    Every mask is decoded; where latents are cached, LatentStore.mean_mask_weight asks for less. Raises: DataError.
-    """
-    masked = {(sample.path, sample.transform, sample.mask): sample for sample in samples if sample.mask.is_given}
-    with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
-        weights = [each for each in pool.map(_mean_weight, masked.values()) if each is not None]
-    return sum(weights) / len(weights) if weights else None
-
-
-def _mean_weight(sample: Sample) -> float | None:
-    weights = read_mask_weights(sample)
-    return None if weights is None else float(weights.mean(dtype=np.float64))
 
 
 def augment_colour(pixels: Pixels, rng: random.Random) -> Pixels:
