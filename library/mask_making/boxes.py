@@ -95,7 +95,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _csv_rows(text: str) -> Iterable[tuple[str, Sequence[Any]]]:
     lines = text.splitlines()
-    first = next((line for line in lines if line.strip()), "")
+    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
     separator = max(",;\t", key=first.count)
     order = list(range(len(COLUMNS)))
     has_begun = False

@@ -178,14 +178,14 @@ def share_unsure(answer: Floats) -> float:
     return float(((answer >= UNSURE[0]) & (answer < UNSURE[1])).sum()) / not_out if not_out else 0.0
 
 
-def _maps(output: Floats, channels_last: bool, file: NetworkFile) -> Floats:
+def _maps(output: Floats, file: NetworkFile) -> Floats:
     """Return a model's output as (B, H, W). Raises: CheckpointError if it has more than one map a picture."""
     maps = output
     if maps.ndim == 4:
-        axis = 3 if channels_last else 1
+        axis = 1 if maps.shape[1] == 1 else 3
         if maps.shape[axis] != 1:
             raise CheckpointError(
-                f"--model {file.path}: answers with {maps.shape[axis]} maps a picture, not one. "
+                f"--model {file.path}: answers with {min(maps.shape[1], maps.shape[3])} maps a picture, not one. "
                 "Give a model that tells a subject from its background."
             )
         maps = maps.squeeze(axis)
@@ -219,12 +219,12 @@ def _opencv(file: NetworkFile) -> Run:
 
     def run(pictures: Floats) -> Floats:
         try:
-            # OpenCV has the channels of TFLite networks in front as well
-            network.setInput(pictures.transpose(0, 3, 1, 2).copy() if file.channels_last else pictures)
+            # OpenCV has the channels of TFLite networks in front, whatever the file says
+            network.setInput(pictures.transpose(0, 3, 1, 2).copy() if file.kind == "tflite" else pictures)
             output = network.forward(first)
         except cv2.error as error:
             raise _unusable(file, "OpenCV", error) from None
-        return _maps(np.asarray(output, np.float32), file.channels_last and file.kind == "onnx", file)
+        return _maps(np.asarray(output, np.float32), file)
 
     return run
 
@@ -249,7 +249,7 @@ def _onnxruntime(file: NetworkFile) -> Run:
             output = session.run([file.outputs[0]], {file.input_name: given})[0]
         except Exception as error:  # likewise
             raise _unusable(file, "onnxruntime", error) from None
-        return _maps(output, file.channels_last, file)
+        return _maps(output, file)
 
     return run
 
