@@ -31,6 +31,7 @@ PAPER = 255  # what a model sees where a picture is transparent: white
 ANIME_INPUT = "img"  # of no other model that is known here
 UNSURE = (0.25, 0.75)  # answers between these say neither yes nor no
 MOSTLY = 0.5  # of what is not masked out
+ERRORS = 2  # OpenCV's level of messages that leaves warnings out
 FAINT = 0.1  # an answer that is nowhere stronger says that nothing was found
 
 
@@ -197,12 +198,13 @@ def _maps(output: Floats, file: NetworkFile) -> Floats:
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Keep OpenCV from telling what it thinks of a file's shapes, which it then gets right."""
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    place: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 5 has it there, 4 at the top
+    level = place.getLogLevel()
+    place.setLogLevel(ERRORS)
     try:
         yield
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        place.setLogLevel(level)
 
 
 def _opencv(file: NetworkFile) -> Run:
