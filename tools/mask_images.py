@@ -26,8 +26,13 @@ from library.options.logging import LoggingOptions  # noqa: E402
 from library.options.values import convert  # noqa: E402
 
 GOOD, SOME_FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130  # exit codes
-GROUPS = {"source (give one)": SourceOptions, "finishing": FinishOptions, "writing": WriteOptions}
+GROUPS = {"source": SourceOptions, "finishing": FinishOptions, "writing": WriteOptions}
 ENDING = "_mask"  # of the folder of masks, if it is not named
+DESCRIPTION = """Make a mask for each picture in a folder and all folders within it: an 8-bit grey PNG of the picture's
+name and size, white where the picture is learnt.
+
+Exactly one of --from_alpha, --from_color, --key_border, --threshold, --boxes and --model says what masks are
+made from."""
 EXAMPLES = """
 examples:
   cut-outs               mask_images.py pictures masks --from_alpha
@@ -53,7 +58,7 @@ def read(argv: Sequence[str]) -> Command:
     """Return what the arguments say. Raises: OptionError."""
     import argparse
 
-    made = parser("mask_images.py", "Make a mask for each picture in a folder and all folders within it.", GROUPS)
+    made = parser("mask_images.py", DESCRIPTION, GROUPS)
     made.usage = "%(prog)s PICTURES [MASKS] --SOURCE [options]"
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.epilog = EXAMPLES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ PAPER = 255  # what a model sees where a picture is transparent: white
 ANIME_INPUT = "img"  # of no other model that is known here
 UNSURE = (0.25, 0.75)  # answers between these say neither yes nor no
 MOSTLY = 0.5  # of what is not masked out
-ERRORS = 2  # OpenCV's level of messages that leaves warnings out
+FATAL = 1  # OpenCV's level of messages that leaves out warnings, and errors that it raises as well
 FAINT = 0.1  # an answer that is nowhere stronger says that nothing was found
 
 
@@ -65,11 +66,12 @@ def recognise(file: NetworkFile) -> str:
     """Return the name of the preset that a file's input tells. Raises: OptionError."""
     if file.channels_last:
         return "selfie"
+    if file.size == PRESETS["u2net"].size:
+        return "u2net"
     if file.input_name == ANIME_INPUT:
         return "anime"
-    for name in ("u2net", "isnet"):
-        if file.size == PRESETS[name].size:
-            return name
+    if file.size == PRESETS["isnet"].size:
+        return "isnet"
     said = "x".join("any" if side is None else str(side) for side in file.size)
     raise OptionError(
         f"--model {file.path}: takes pictures of {said} pixels, by which it cannot be recognised. "
@@ -197,10 +199,10 @@ def _maps(output: Floats, file: NetworkFile) -> Floats:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """Keep OpenCV from telling what it thinks of a file's shapes, which it then gets right."""
+    """Keep OpenCV from telling what it thinks of a file: of shapes, which it then gets right, and errors twice."""
     place: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 5 has it there, 4 at the top
     level = place.getLogLevel()
-    place.setLogLevel(ERRORS)
+    place.setLogLevel(FATAL)
     try:
         yield
     finally:
@@ -257,7 +259,8 @@ def _onnxruntime(file: NetworkFile) -> Run:
 
 
 def _unusable(file: NetworkFile, engine: str, error: Exception) -> CheckpointError:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    reason = lines[0][:200] if lines else type(error).__name__
-    other = "Give another model." if engine == "onnxruntime" else "pip install onnxruntime may run it."
+    text = " ".join(str(error).split())
+    layer = re.search(r"Node \[(\w+)@", text)  # OpenCV's words; what follows them are lines of its code
+    reason = f"its layer {layer[1]}" if layer else re.sub(r"^OpenCV\S* \S+: error: \S+ ?", "", text)[:200]
+    other = "Give another model." if engine == "onnxruntime" else "What is installed by pip install onnxruntime may."
     return CheckpointError(f"--model {file.path}: {engine} cannot run it ({reason}). {other}")

@@ -12,6 +12,7 @@ from library.mask_making.making import Job, read_picture
 from library.mask_making.model_files import read_network_file
 from library.mask_making.pictures import Drawn, Picture
 from tests.mask_making.tiny_networks import write_network
+from tests.mask_making.tiny_tflite import BYTES, write_tflite
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_ONNXRUNTIME = importlib.util.find_spec("onnxruntime") is not None
@@ -94,6 +95,27 @@ def test_the_answer_of_a_selfie_model_is_taken_as_it_is(tmp_path, engine):
     network = write_network(tmp_path / "n.onnx", shape=(1, 144, 256, 3))
     mask = ask(network, picture_of(stripes([51, 102, 153, 204], 400, 300)), engine=engine).mask
     assert np.abs(mask[150, 50::100].astype(int) - [51, 102, 153, 204]).max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (144, 256)])
+def test_a_tflite_file_is_run(tmp_path, height, width):
+    network = write_tflite(tmp_path / "n.tflite", height=height, width=width, weights=(0.5, 0.5, 0.0))
+    file = read_network_file(network)
+    assert (file.kind, file.size, file.channels_last) == ("tflite", (width, height), True)
+    assert segmentation.recognise(file) == "selfie"
+    pixels = np.zeros((60, 90, 3), np.uint8)
+    pixels[:, :45], pixels[:, 45:] = (255, 51, 0), (0, 102, 255)
+    mask = ask(network, picture_of(pixels)).mask
+    assert mask.shape == (60, 90)
+    assert abs(int(mask[30, 10]) - 153) <= 1
+    assert abs(int(mask[30, 80]) - 51) <= 1
+
+
+def test_a_tflite_file_is_not_for_onnxruntime(tmp_path):
+    file = read_network_file(write_tflite(tmp_path / "n.tflite"))
+    assert segmentation.choose_engine(file, None) == "opencv"
+    with pytest.raises(OptionError, match=r"cannot run n\.tflite, a TFLite file"):
+        segmentation.choose_engine(file, "onnxruntime")
 
 
 def test_a_model_for_drawings_sees_them_in_their_proportions(tmp_path):
@@ -179,9 +201,20 @@ def test_a_model_of_several_maps_is_refused(tmp_path):
         ask(network, picture_of(np.zeros((8, 8, 3))))
 
 
+def test_what_opencv_cannot_run_is_said_in_one_line(tmp_path, capfd):
+    network = write_network(tmp_path / "n.onnx", layer="NoSuchLayer")
+    with pytest.raises(
+        CheckpointError, match=r"OpenCV cannot run it \(its layer NoSuchLayer\)\..*pip install onnxruntime"
+    ):
+        ask(network, picture_of(np.zeros((8, 8, 3))))
+    assert not capfd.readouterr().err
+
+
 def test_a_quantised_input_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="takes whole numbers"):
         read_network_file(write_network(tmp_path / "n.onnx", kind=2))
+    with pytest.raises(CheckpointError, match="takes whole numbers"):
+        read_network_file(write_tflite(tmp_path / "n.tflite", kind=BYTES))
 
 
 @pytest.mark.parametrize(

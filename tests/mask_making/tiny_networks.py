@@ -52,6 +52,7 @@ def write_network(
     input_name: str = "input",
     kind: int = FLOAT,
     lists_weights: bool = False,
+    layer: str = "Conv",
 ) -> Path:
     """Write a network that adds up red, green and blue with weights; a row of them for each map of its first output.
 
@@ -64,12 +65,13 @@ def write_network(
         input_name: of the picture.
         kind: number format of the picture.
         lists_weights: name the weights among the inputs too, as old files do.
+        layer: what adds up.
     """
     flat = [weight for row in weights for weight in row]
     last = shape[1] != 3
     channels = {"strides": (1, 1), "kernel_shape": (1, 1)}
     first, answer = ("channels_first", "maps") if last else (input_name, "answer")
-    nodes = [node("Conv", (first, "weights"), answer, **channels), node("Conv", (first, "others"), "other", **channels)]
+    nodes = [node(layer, (first, "weights"), answer, **channels), node("Conv", (first, "others"), "other", **channels)]
     if last:
         nodes.insert(0, node("Transpose", (input_name,), first, perm=(0, 3, 1, 2)))
         nodes.append(node("Transpose", (answer,), "answer", perm=(0, 2, 3, 1)))
