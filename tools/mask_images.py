@@ -86,6 +86,16 @@ def read(argv: Sequence[str]) -> Command:
     )
 
 
+def check_sheet(path: Path) -> None:
+    """Find out, before the work begins, whether the sheet can be written. Raises: OptionError."""
+    from library.whole_file import check_writable
+
+    try:
+        check_writable(path.absolute().parent)
+    except OSError as error:
+        raise OptionError(f"--sheet {path}: cannot be written ({error.strerror or error}).") from None
+
+
 def work(command: Command) -> int:
     """Make the masks; return the exit code. Raises: UserError if none can be made."""
     from library.mask_making import making, review, sources, summary
@@ -96,6 +106,8 @@ def work(command: Command) -> int:
     jobs, errors = making.find_jobs(command.image_dir, command.mask_dir, old)
     if not jobs and not errors:
         raise OptionError(f"{command.image_dir}: has no picture in it, nor in folders within it.")
+    if write.sheet:
+        check_sheet(Path(write.sheet))
     source = sources.source_of(command.source, [job.name for job in jobs])
     finish = Finish(**{each.name: getattr(how, each.name) for each in declared(FinishOptions)})
     keeps = making.keeps(jobs, combine=write.combine, overwrite=write.overwrite)

@@ -105,4 +105,4 @@ def test_a_box_outside_of_its_picture_is_doubted():
 def test_names_in_the_list_that_no_picture_has_come_with_the_one_that_was_meant():
     listed = {name: (Box(1, 1, 2, 2),) for name in ("cat_01.jpg", "cat_1.jpg", "sub/dog", "*", "zebra.png")}
     unknown = boxes.unknown_names(listed, ["cat_01.jpg", "sub/dog.png"])
-    assert unknown == ["cat_1.jpg Did you mean cat_01.jpg?", "zebra.png"]
+    assert unknown == ["cat_1.jpg (is cat_01.jpg meant?)", "zebra.png"]

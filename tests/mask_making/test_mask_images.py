@@ -12,7 +12,7 @@ from PIL import Image
 
 from library.dataset import config, scan
 from library.dataset.images import ORIENTATION
-from library.mask_making import making, review
+from library.mask_making import making, review, summary
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
 from library.options.masks import MaskOptions
@@ -216,6 +216,23 @@ def test_empty_full_and_faint_masks_are_named(tmp_path, capsys):
     assert "some.png" not in said
 
 
+def test_many_doubts_are_counted(tmp_path):
+    def outcome(number: int) -> making.Outcome:
+        return making.Outcome(making.Job(Path(), f"{number:02}", Path(), Path()), "made", doubt=f"odd by {number}")
+
+    said = summary.lines([outcome(number) for number in range(25)])
+    assert said[1] == "  00: odd by 0"
+    assert said[-1] == "  5 more are doubtful; --sheet shows them"
+
+
+def test_names_in_a_list_of_boxes_that_no_picture_has_are_warned_about(pictures, tmp_path, capsys):
+    (tmp_path / "boxes.csv").write_text("bb.png,1,1,9,9\nc,1,1,9,9\n", encoding="utf-8")
+    assert run(pictures, tmp_path / "masks", "--boxes", tmp_path / "boxes.csv") == 0
+    shown = capsys.readouterr()
+    assert "no picture is named bb.png (is b.png meant?)" in shown.err
+    assert "  a.png, b.png: has no box in the list" in shown.out
+
+
 def test_a_folder_of_masks_within_the_pictures_is_not_masked_again(pictures):
     for _ in range(2):
         assert run(pictures, pictures / "masks", "--from_alpha", "--overwrite") == 0
@@ -286,6 +303,7 @@ WRONG = {
         ["--from_alpha", "--combine", "add", "--combine_with", "gone"],
         "--combine_with gone: there is no such folder",
     ),
+    "a sheet that cannot be written": (["--from_alpha", "--sheet", f"{__file__}/a.png"], "a.png: cannot be written"),
     "a sheet that is no PNG": (["--from_alpha", "--sheet", "a.jpg"], "--sheet a.jpg: the ending must be .png"),
 }
 
