@@ -54,6 +54,11 @@ def test_the_benchmark_of_filling_measures_both_kinds_of_pictures(capsys):
     assert {"RGBA PNG: fill", "RGBA PNG: masks switched on", "JPEG + mask PNG: second start"} <= set(found)
 
 
+def test_the_benchmark_of_fills_measures_each_and_the_shape_of_masks(capsys):
+    found = run("mask_fill", capsys)
+    assert [name.partition(":")[0] for name in found] == ["fill", "fill", "fill", "shape"]
+
+
 def test_the_benchmark_of_checking_a_dataset_runs_the_command(capsys):
     assert set(run("check_dataset", capsys)) == {"check 3 JPEG + mask PNG", "check 3 RGBA PNG"}
 

@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 MOST_NAMES = 10  # in one message
 
+Severity = Literal["error", "warning", "note"]
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -24,14 +26,31 @@ class Joint:
     remedy: str = ""
 
 
+class FileError(DataError):
+    """A file that cannot be used, with the kind of its fault."""
+
+    def __init__(self, code: str, message: str) -> None:
+        """Take the code, see Problem.code, and the message."""
+        super().__init__(message)
+        self.code = code
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a dataset: an error stops training, a warning does not."""
+    """Something about a dataset: an error stops training, a warning does not, a note is told only by the inspection."""
 
-    severity: Literal["error", "warning"]
+    severity: Severity
     path: Path
     message: str  # one line
     joint: Joint | None = None
+    code: str = "other"  # its kind, which library/inspection/kinds.py explains
+    remedy: str = ""  # what to do, if that is not what the kind says
+    files: tuple[Path, ...] = ()  # others that it is about: of a mask its image, of a copy the original
+
+    @property
+    def reason(self) -> str:
+        """What is wrong: the message without the path at its start and the remedy at its end."""
+        return self.message.removeprefix(f"{self.path}: ").removesuffix(self.remedy).rstrip()
 
 
 def raise_errors(problems: Sequence[Problem]) -> None:

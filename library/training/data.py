@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.dataset import config, latents, own_class, plan, problems, scan, texts
+from library.dataset import config, latents, mask_settings, mask_shares, own_class, plan, problems, scan, texts
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
 from library.errors import OptionError
@@ -46,6 +46,22 @@ class Data:
         """Return both: the indices of latents are those of this list."""
         return self.samples + self.validation
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether any image has a mask, of those trained on."""
+        return any(sample.mask.kind != "none" for sample in self.samples)
+
+    @property
+    def users_of_untrained(self) -> tuple[str, ...]:
+        """The settings that compare images with what the models predicted before the training; none: it is not asked.
+
+        Validation holds nothing to it, but measures by the targets of training.
+        """
+        preserved = any(sample.subset.diff_output_preservation for sample in self.all_samples)
+        held = any(sample.subset.mask_prior_weight and sample.mask.kind != "none" for sample in self.samples)
+        names = {"diff_output_preservation": preserved, "mask_prior_weight": held}
+        return tuple(name for name, is_used in names.items() if is_used)
+
 
 @dataclass(frozen=True)
 class Stores:
@@ -72,7 +88,11 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
-    _warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
+    mask_settings.read_first_label_maps(found.samples + found.validation)
+    found = mask_shares.without_empty(found)
+    mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
+    mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
+    _warn_of_idle_weights(options.masks.mask_prior_every, found.samples)
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:
@@ -87,9 +107,15 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     return Data(configs, found.samples, found.validation)
 
 
-def _warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
-    if reach is not None and all(sample.mask.kind == "none" for sample in samples):
-        log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
+def _warn_of_idle_weights(prior_every: int, samples: Sequence[Sample]) -> None:
+    """Warn of settings of the loss that nothing makes use of."""
+    subsets = list({id(sample.subset): sample.subset for sample in samples}.values())
+    masked = list({id(sample.subset): sample.subset for sample in samples if sample.mask.kind != "none"}.values())
+    for name in ("mask_weight_min", "mask_area_norm", "mask_prior_weight"):
+        if any(getattr(subset, name) for subset in subsets) and not any(getattr(subset, name) for subset in masked):
+            log.warning("%s has no effect: none of the images that it is for has a mask", name)
+    if prior_every > 1 and not any(subset.mask_prior_weight for subset in masked):
+        log.warning("--mask_prior_every has no effect: no image with a mask has a mask_prior_weight")
 
 
 def in_whole_tokens(config: DatasetConfig, side_multiple: int) -> DatasetConfig:
@@ -205,7 +231,8 @@ def load(
 ) -> BatchLoader:
     """Return the endless batches after steps_done, of each the part of this process (index, of how many)."""
     prior, reach = options.dataset.prior_loss_weight, options.masks.mask_token_drop
-    settings = LoaderSettings(run_plan.seed, max_train_steps, prior, *process, token_reach=reach)
+    every = options.masks.mask_prior_every
+    settings = LoaderSettings(run_plan.seed, max_train_steps, prior, *process, token_reach=reach, prior_every=every)
     images = drawn_images(data, settings, stores, family)
     batches = run_plan.batches(run_plan.first_batch_of(steps_done))
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)

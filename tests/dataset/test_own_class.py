@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.dataset import config, images, own_class, summary
+from library.dataset import config, images, mask_shares, own_class, summary
 from library.dataset.loader import DrawnImages, LoaderSettings
 from library.dataset.plan import Draw
 from library.errors import DataError, OptionError
@@ -48,9 +48,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def scan(**options: Any) -> own_class.scan.Scan:
-    captions = options.pop("captions", CaptionOptions())
+    captions, masks = options.pop("captions", CaptionOptions()), options.pop("masks", MaskOptions())
     dataset = DatasetOptions(**{"dataset_class": NAME, "resolution": "64", "train_batch_size": 2, **options})
-    configs = config.load(dataset, captions, MaskOptions())
+    configs = config.load(dataset, captions, masks)
     return own_class.scan_any(configs, dataset, None)
 
 
@@ -139,6 +139,18 @@ def test_the_draws_of_the_run_go_on_as_if_the_class_had_drawn_nothing(install: I
     assert draws() == wanted
 
 
+def test_what_its_masks_mask_out_is_filled_and_its_masks_are_shaped(install: Install) -> None:
+    """White in the left half but inverted: the right half is learnt, less a column of cells that is eroded away."""
+    half, pixels = np.zeros((64, 64), np.uint8), picture(red=40)
+    half[:, :32], pixels[:, 40:] = 255, (200, 100, 50)
+    install(lambda i: {"image": pixels, "caption": "", "mask": None if i else half})
+    loaded = batch(scan(masks=MaskOptions(mask_fill=("mean",), mask_invert=True, mask_erode=8.0)), 0, 1)
+    assert (loaded.masks[0, 0].amin(dim=0) == torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])).all()
+    seen = ((loaded.images + 1) * 127.5).round()
+    assert (seen[0] == torch.tensor([200, 100, 50])[:, None, None]).all(), "all as what is learnt"
+    assert seen[1, :, 0, 0].tolist() == [40, 0, 0], "without a mask nothing is filled"
+
+
 def test_buckets_are_made_of_the_sizes_that_the_class_tells(install: Install) -> None:
     sizes = [(128, 64), (64, 128), (128, 64)]
     give = lambda i: {"image": picture(*sizes[i]), "caption": ""}  # noqa: E731
@@ -159,7 +171,7 @@ def test_the_summary_counts_its_masks(install: Install) -> None:
     install(lambda _: {"image": picture(), "caption": "", "mask": np.full((64, 64), 51, np.uint8)})
     samples = scan().samples
     assert "3 of 3 images (3 of the class)" in summary.mask_line(samples)
-    assert images.mean_mask_weight(samples) == pytest.approx(0.2)
+    assert [each.share for each in mask_shares.decoded(samples)] == pytest.approx([0.2] * 3)
 
 
 @pytest.mark.parametrize(
