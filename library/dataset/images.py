@@ -259,18 +259,19 @@ def see(image: Decoded, mask: Pixels | None, look: Look, path: Path) -> Seen:
     Raises: DataError if the file is not of the size that the look was made for.
     """
     if mask is not None and not look.fill.is_keep:
-        image = replace(image, rgb=isolated(image.rgb, mask, look.fill, looks.seed_of(path)))
+        grain = max(1, round(look.transform.source[0] / look.transform.resized[0]))
+        image = replace(image, rgb=isolated(image.rgb, mask, look.fill, looks.seed_of(path), grain))
     return Seen(in_bucket(image, look.transform, path), shrunk(mask, look.transform))
 
 
-def isolated(rgb: Pixels, mask: Pixels, fill: Fill, seed: str) -> Pixels:
+def isolated(rgb: Pixels, mask: Pixels, fill: Fill, seed: str, grain: int = 1) -> Pixels:
     """Return colours (H, W, 3) that are filled where a mask is black, which may be a rescaled copy; see isolation."""
     height, width = rgb.shape[:2]
     if mask.shape != rgb.shape[:2]:
         is_smaller = mask.shape[0] < height
         method = cv2.INTER_NEAREST_EXACT if is_smaller else cv2.INTER_AREA
         mask = np.asarray(cv2.resize(mask, (width, height), interpolation=method), np.uint8)
-    return isolation.fill(rgb, mask, fill, seed)
+    return isolation.fill(rgb, mask, fill, seed, grain)
 
 
 def read_training_pixels(sample: Sample) -> Pixels:

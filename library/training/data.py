@@ -88,10 +88,11 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
+    mask_settings.read_first_label_maps(found.samples + found.validation)
     found = mask_shares.without_empty(found)
-    _warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
+    mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
-    _warn_of_idle_prior(options.masks.mask_prior_every, found.samples)
+    mask_settings.warn_of_idle_prior(options.masks.mask_prior_every, found.samples)
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:
@@ -104,16 +105,6 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
             if getattr(options.validation, name) is not None:
                 log.warning("--%s has no effect: no image is held back, see --validation_split", name)
     return Data(configs, found.samples, found.validation)
-
-
-def _warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
-    if reach is not None and all(sample.mask.kind == "none" for sample in samples):
-        log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
-
-
-def _warn_of_idle_prior(every: int, samples: Sequence[Sample]) -> None:
-    if every > 1 and not any(sample.subset.mask_prior_weight and sample.mask.kind != "none" for sample in samples):
-        log.warning("--mask_prior_every has no effect: no image with a mask has a mask_prior_weight")
 
 
 def in_whole_tokens(config: DatasetConfig, side_multiple: int) -> DatasetConfig:

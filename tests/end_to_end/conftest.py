@@ -20,6 +20,7 @@ Train = Callable[..., Trained]
 # Files whose tests look at what a family does. Those of the others pass through it: slow with all but the first.
 OF_EVERY_FAMILY = (
     "test_files",
+    "test_isolation",
     "test_masks",
     "test_memory_options",
     "test_metadata_keys",
@@ -29,7 +30,12 @@ OF_EVERY_FAMILY = (
     "test_sd3",
 )
 
-OF_THE_MIDDLE = ("test_files", "test_masks", "test_metadata_keys")  # of SDXL, between SD 1.5 and SD3 in most
+OF_THE_MIDDLE = (
+    "test_files",
+    "test_isolation",
+    "test_masks",
+    "test_metadata_keys",
+)  # of SDXL, between SD 1.5 and SD3 in most
 
 
 @pytest.hookimpl(tryfirst=True)
