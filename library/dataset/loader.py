@@ -153,7 +153,7 @@ class DrawnImages(DrawsDataset):
         look = choices[number]
         transform = geometry.draw(look.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
         if self.store is None and sample.subset.random_placement:
-            placed_by = plan.rng(seed, draw, f"{name} placement")
+            placed_by = plan.rng(seed, draw, f"{looks.seed_of(sample.path)} placement")
             transform = placement.draw(transform, sample.subset, placed_by, sample.region)
         sizes = geometry.size_conditioning(transform)
         if image is None:

@@ -1,4 +1,4 @@
-"""The scan: from folders to samples, with every problem found on the way, without decoding a pixel."""
+"""The scan: from folders to samples, with every problem found on the way, without decoding a picture."""
 
 from __future__ import annotations
 

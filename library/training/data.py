@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.dataset import config, latents, mask_settings, mask_shares, own_class, plan, problems, scan, texts
+from library.dataset import (
+    config,
+    cut_settings,
+    latents,
+    mask_settings,
+    mask_shares,
+    own_class,
+    plan,
+    problems,
+    scan,
+    texts,
+)
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
 from library.errors import OptionError
@@ -93,6 +104,9 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
     mask_settings.warn_of_idle_prior(options.masks.mask_prior_every, found.samples)
+    cut_settings.warn_of_idle(
+        [subset for each in configs for subset in each.subsets], is_cached=options.caching.cache_latents
+    )
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:
