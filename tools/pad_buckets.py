@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FOLDERS = {"input_dir": "folder of pictures", "output_dir": "folder to write the copies to"}  # given without a flag
 FILLS = ("mean", "extend", "noise")
 
 
@@ -179,22 +180,20 @@ def pad(options: PadOptions) -> None:
         log.info("sheet: %s", padded_sheet.draw(copies, Path(options.sheet)))
 
 
-def work(argv: Sequence[str]) -> None:
-    """Pad as the arguments say. Raises: UserError."""
-    pad(
-        command_line.read(
-            argv,
-            prog="pad_buckets.py",
-            description="Place pictures at random on the canvases of buckets.",
-            group=PadOptions,
-            positional={"input_dir": "folder of pictures", "output_dir": "folder to write the copies to"},
-        )
+def read(argv: Sequence[str]) -> PadOptions:
+    """Return the options. Raises: OptionError."""
+    return command_line.read(
+        argv,
+        prog="pad_buckets.py",
+        description="Place pictures at random on the canvases of buckets.",
+        group=PadOptions,
+        positional=FOLDERS,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code."""
-    return command_line.run(work, lambda: set_up_logging(LoggingOptions()), argv)
+    return command_line.run(lambda given: pad(read(given)), lambda: set_up_logging(LoggingOptions()), argv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from library.errors import OptionError
 if TYPE_CHECKING:
     from library.dataset.config import SubsetConfig
 
+DEFAULT_VARIANTS = 4
 log = logging.getLogger(__name__)
 
 # Each of these says where in the bucket a picture stands.
@@ -24,6 +26,17 @@ PARTS = {
     "placement_rotate": "random_placement",
     "placement_variants": "random_placement",
 }
+
+
+def warn_of_idle(subsets: Iterable[SubsetConfig], *, is_cached: bool) -> None:
+    """Warn of placement_variants where no cache holds them: each draw is a variant of its own."""
+    for subset in subsets:
+        count = subset.placement_variants
+        if subset.random_placement and not is_cached and count != DEFAULT_VARIANTS:
+            log.warning(
+                "%s: placement_variants %d has no effect without --cache_latents: each draw is placed anew",
+                *(subset.source, count),
+            )
 
 
 def check(place: str, subset: SubsetConfig) -> None:

@@ -156,11 +156,11 @@ def cut_off(samples: Iterable[Sample]) -> Iterator[Problem]:
         share = kept(sample.transform, sample.region)
         if share < 1:
             percent = math.floor(share * 100)
-            what = "images have a mask whose white part is larger than any cut of theirs (mask_aware_crop)"
-            remedy = "enable_bucket, or smaller bucket_reso_steps, leave more room."
+            what = "images have more to be learnt than any cut of theirs shows (mask_aware_crop)"
+            remedy = "There is more room with enable_bucket, or with smaller bucket_reso_steps."
             message = (
                 f"{sample.path}: mask_aware_crop keeps {percent}% of what its mask lets be learnt, no bucket shows it "
-                f"whole. {remedy[0].upper()}{remedy[1:]}"
+                f"whole. {remedy}"
             )
-            joint = Joint(what, f"{sample.path.name} ({percent}% kept)", remedy[0].upper() + remedy[1:])
+            joint = Joint(what, f"{sample.path.name} ({percent}% kept)", remedy)
             yield Problem("warning", sample.path, message, joint)

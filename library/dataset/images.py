@@ -289,7 +289,9 @@ def _on_canvas(pixels: Pixels, mask: Pixels | None, look: Look, path: Path) -> P
     Its fill, too, is made only of what is not masked out; the picture's mean colour stands for keep.
     """
     coverage = geometry.coverage(look.transform)
-    if look.fill.is_keep or coverage.min() == 255:
+    if coverage.min() == 255:
+        return pixels
+    if look.fill.is_keep:
         return placement.over_canvas(pixels, coverage, placement.mean_colour(pixels, coverage))
     shown = coverage if mask is None else geometry.apply(look.transform, mask)
     return isolation.fill(pixels, shown, look.fill, looks.seed_of(path))

@@ -140,7 +140,7 @@ def scan_class(name: str, config: DatasetConfig, *, max_token_length: int | None
         )
         for index in range(count)
     ]
-    return scan.Scan(tuple(samples), ())
+    return scan.Scan(tuple(samples), tuple(regions.idle(subset, [mask])))
 
 
 def mask_source(subset: SubsetConfig) -> MaskSource:

@@ -154,12 +154,9 @@ def warp(transform: Transform, resized: Pixels) -> Pixels:
     return np.asarray(cv2.warpAffine(resized, matrix, transform.target, flags=flags, borderMode=border), np.uint8)
 
 
-def mean_colour(rgb: Pixels, weights: Pixels) -> npt.NDArray[np.float64]:
-    """Return the mean colour (3,) of pixels (H, W, 3), each weighed by (H, W) uint8; mid-grey where all are 0."""
-    total = weights.sum(dtype=np.float64)
-    if not total:
-        return np.full(3, 127.5)
-    return np.asarray(np.einsum("hwc,hw->c", rgb, weights, dtype=np.float64, casting="unsafe") / total)
+def mean_colour(rgb: Pixels, shown: Pixels) -> npt.NDArray[np.float64]:
+    """Return the mean colour (3,) of those of pixels (H, W, 3) that are not 0 in (H, W) uint8; mid-grey if all are."""
+    return np.array(cv2.mean(rgb, shown)[:3]) if shown.any() else np.full(3, 127.5)
 
 
 def over_canvas(rgb: Pixels, coverage: Pixels, canvas: npt.NDArray[np.float64] | Pixels) -> Pixels:
@@ -167,7 +164,11 @@ def over_canvas(rgb: Pixels, coverage: Pixels, canvas: npt.NDArray[np.float64] |
 
     The canvas is a colour (3,), or pixels (H, W, 3).
     """
-    if int(coverage.min()) == 255:
-        return rgb
-    share = (coverage.astype(np.float32) / 255)[..., None]
-    return np.rint(rgb * share + canvas.astype(np.float32) * (1 - share)).astype(np.uint8)
+    below = np.empty_like(rgb)
+    below[:] = np.rint(canvas)
+    is_edge = (coverage > 0) & (coverage < 255)
+    share = (coverage[is_edge].astype(np.float32) / 255)[:, None]
+    blended = np.rint(rgb[is_edge] * share + below[is_edge] * (1 - share)).astype(np.uint8)
+    over = np.asarray(cv2.copyTo(rgb, coverage, below), np.uint8)
+    over[is_edge] = blended
+    return over

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,14 @@ def of_image(image: Decoded | None, source: MaskSource, size: Size) -> Box | Non
     return None if mask is None else of_mask(mask, size)
 
 
+def idle(subset: SubsetConfig, masks: Iterable[MaskSource]) -> list[Problem]:
+    """Return a warning if mask_aware_crop is on and none of a subset's images has a mask."""
+    if not subset.mask_aware_crop or any(mask.is_given for mask in masks):
+        return []
+    message = f"{subset.source}: mask_aware_crop has no effect, none of its images has a mask."
+    return [Problem("warning", subset.source, message)]
+
+
 def of_subset(
     subset: SubsetConfig, masks: Mapping[Path, MaskSource], sizes: Mapping[Path, Size], problems: list[Problem]
 ) -> dict[Path, Box]:
@@ -80,9 +88,7 @@ def of_subset(
     if not are_needed(subset):
         return {}
     paths = [path for path, source in masks.items() if source.kind in ("file", "alpha")]
-    if subset.mask_aware_crop and not paths:
-        message = f"{subset.source}: mask_aware_crop has no effect, none of its images has a mask."
-        problems.append(Problem("warning", subset.source, message))
+    problems += idle(subset, masks.values())
     found = files.read_all(lambda path: read(path, masks[path], sizes[path]), paths, label="reading masks")
     boxes: dict[Path, Box] = {}
     for path, box in zip(paths, found, strict=True):

@@ -51,7 +51,7 @@ GROUPS: Mapping[str, tuple[Kind, ...]] = MappingProxyType(
             Kind("image-unreadable", "error", "Pictures that cannot be read",
                  "Save it again, or take it away."),
             Kind("image-too-large", "error", "Pictures with too many pixels",
-                 "Shrink it: more than a few times the training size only costs time."),
+                 "Save it smaller."),
             Kind("image-animated", "warning", "Animated files, of which one picture is seen",
                  "Save the picture that you want as a file of its own."),
             Kind("image-16-bit", "note", "Pictures with 16 bits a channel, read as 8",
@@ -221,6 +221,11 @@ def found(
     remedy = remedy or kind.remedy
     together = Joint(joint, name or path.name, remedy) if joint else None
     return Problem(severity or kind.severity, path, f"{path}: {reason} {remedy}", together, code, remedy, files)
+
+
+def reason_of(problem: Problem) -> str:
+    """Return what is wrong: a problem's message without the path at its start and the remedy at its end."""
+    return problem.message.removeprefix(f"{problem.path}: ").removesuffix(remedy_of(problem)).rstrip()
 
 
 def remedy_of(problem: Problem) -> str:

@@ -1,6 +1,7 @@
 import logging
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -271,6 +272,27 @@ def test_masks_within_the_pictures_folder_are_no_pictures(tree):
     save(tree / "in" / "masks" / "a.png", disc())
     made = pad(tree, "--mask_dir", tree / "in" / "masks")
     assert not any(name.startswith("masks/") for name in made)
+
+
+def test_a_run_that_is_stopped_leaves_no_half_copies_and_goes_on(tree, monkeypatch):
+    for seed in range(40):
+        save(tree / "in" / "many" / f"{seed:02}.png", noise(seed))
+    make = padded_copies.make
+
+    def stop_at_the_fifth(copy, settings):
+        if copy.picture.stem == "05":
+            raise KeyboardInterrupt
+        make(copy, settings)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(padded_copies, "make", stop_at_the_fifth)
+    made = pad(tree, code=130)
+    assert len(made) < 40
+    assert not any(".part" in name for name in made)
+    monkeypatch.setattr(padded_copies, "make", make)
+    whole = pad(tree)
+    assert all(whole[name] == data for name, data in made.items())
+    assert {f"many/{seed:02}.png" for seed in range(40)} <= whole.keys()
 
 
 def test_the_command_runs_from_any_folder(tree):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.dataset import geometry, images, looks, placement, scan
+from library.dataset import contact_sheet, geometry, images, looks, placement, scan, summary
 from library.dataset.config import DatasetConfig, SubsetConfig
-from library.dataset.cut_settings import check
+from library.dataset.cut_settings import DEFAULT_VARIANTS, check, warn_of_idle
 from library.dataset.geometry import Transform, size_conditioning
 from library.dataset.images import Decoded
 from library.dataset.latents import build_store
@@ -287,6 +287,20 @@ def test_the_region_is_known_where_the_picture_may_be_larger_than_the_bucket(tmp
         assert scan.scan([config]).samples[0].region == region
 
 
+def test_the_contact_sheet_and_the_mean_weight_know_that_free_canvas_is_no_mask(samples):
+    cells = contact_sheet.cells(samples)
+    assert all(isinstance(cell, Image.Image) for cell in cells.values())
+    weights = images.read_mask_weights(samples[0])
+    assert weights is not None
+    first = looks.looks_of(samples[0])[0].transform
+    assert weights.mean() == pytest.approx(geometry.coverage(first).mean() / 255, rel=1e-4)
+    assert images.mean_mask_weight(samples) is None
+    assert build_store(samples, settings_of(to_disk=False), StubEncoder()).mean_mask_weight() is None
+    assert summary.mask_line(samples) == (
+        "masks: none; all 2 images are learnt whole; the canvas around placed images is not learnt"
+    )
+
+
 @pytest.mark.parametrize(
     ("keys", "names"),
     [
@@ -313,3 +327,13 @@ def test_two_settings_that_both_choose_the_cut_are_refused(keys, names):
 def test_a_setting_without_the_switch_it_belongs_to_is_warned_about(keys, needed, caplog):
     check("datasets[0].subsets[0]", SubsetConfig(Path("images"), **keys))
     assert f"{next(iter(keys))} has no effect without {needed}" in caplog.text
+
+
+def test_variants_without_a_cache_are_warned_about(caplog):
+    subsets = [replace(SUBSET, placement_variants=9), SUBSET]
+    assert SUBSET.placement_variants == DEFAULT_VARIANTS
+    warn_of_idle(subsets, is_cached=True)
+    assert not caplog.messages
+    warn_of_idle(subsets, is_cached=False)
+    (message,) = caplog.messages
+    assert "placement_variants 9 has no effect without --cache_latents" in message

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from end_to_end.training_runs import picture, save, subset, write_toml
+from end_to_end.training_runs import differing, half, picture, save, subset, write_toml
 
 FIRST = ("--max_train_steps", 1)
 
@@ -37,3 +37,19 @@ def test_a_picture_placed_at_random_is_learnt_where_it_stands(train, pictures, t
     cached = train(config, *FIRST, *placed, *cache, name="cached").losses
     assert 0.1 * whole < np.mean(cached) < 0.5 * whole
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * 3
+
+
+@pytest.mark.parametrize("cache", [(), ("--cache_latents", "--placement_variants", 2)], ids=["live", "cached"])
+def test_what_is_masked_out_of_placed_pictures_changes_no_bit_of_the_network(cache, train, tmp_path):
+    made = []
+    for hidden in (1, 2):
+        folder = tmp_path / f"run{hidden}"
+        other = np.random.default_rng(hidden).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        for number in range(2):
+            shown = np.where(half()[..., None] > 0, picture(number), other)
+            save(folder / "cats", f"cat{number}", np.dstack((shown, half())), "a cat")
+        config = write_toml(folder / "d.toml", subset(folder / "cats", alpha_mask=True, mask_fill="extend"))
+        placed = ("--random_placement", "--placement_scale", "0.7,1.5", "--placement_rotate", 20)
+        made.append(train(config, *placed, *cache, name=f"trained{hidden}"))
+    assert not differing(made[0].tensors, made[1].tensors)
+    assert made[0].losses == made[1].losses
