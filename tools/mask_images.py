@@ -26,8 +26,13 @@ from library.options.logging import LoggingOptions  # noqa: E402
 from library.options.values import convert  # noqa: E402
 
 GOOD, SOME_FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130  # exit codes
-GROUPS = {"source (give one)": SourceOptions, "finishing": FinishOptions, "writing": WriteOptions}
+GROUPS = {"source": SourceOptions, "finishing": FinishOptions, "writing": WriteOptions}
 ENDING = "_mask"  # of the folder of masks, if it is not named
+DESCRIPTION = """Make a mask for each picture in a folder and all folders within it: an 8-bit grey PNG of the picture's
+name and size, white where the picture is learnt.
+
+Exactly one of --from_alpha, --from_color, --key_border, --threshold, --boxes and --model says what masks are
+made from."""
 EXAMPLES = """
 examples:
   cut-outs               mask_images.py pictures masks --from_alpha
@@ -53,7 +58,7 @@ def read(argv: Sequence[str]) -> Command:
     """Return what the arguments say. Raises: OptionError."""
     import argparse
 
-    made = parser("mask_images.py", "Make a mask for each picture in a folder and all folders within it.", GROUPS)
+    made = parser("mask_images.py", DESCRIPTION, GROUPS)
     made.usage = "%(prog)s PICTURES [MASKS] --SOURCE [options]"
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.epilog = EXAMPLES
@@ -81,6 +86,16 @@ def read(argv: Sequence[str]) -> Command:
     )
 
 
+def check_sheet(path: Path) -> None:
+    """Find out, before the work begins, whether the sheet can be written. Raises: OptionError."""
+    from library.whole_file import check_writable
+
+    try:
+        check_writable(path.absolute().parent)
+    except OSError as error:
+        raise OptionError(f"--sheet {path}: cannot be written ({error.strerror or error}).") from None
+
+
 def work(command: Command) -> int:
     """Make the masks; return the exit code. Raises: UserError if none can be made."""
     from library.mask_making import making, review, sources, summary
@@ -91,6 +106,8 @@ def work(command: Command) -> int:
     jobs, errors = making.find_jobs(command.image_dir, command.mask_dir, old)
     if not jobs and not errors:
         raise OptionError(f"{command.image_dir}: has no picture in it, nor in folders within it.")
+    if write.sheet:
+        check_sheet(Path(write.sheet))
     source = sources.source_of(command.source, [job.name for job in jobs])
     finish = Finish(**{each.name: getattr(how, each.name) for each in declared(FinishOptions)})
     keeps = making.keeps(jobs, combine=write.combine, overwrite=write.overwrite)

@@ -63,7 +63,7 @@ class LatentStore:
         return latents, mask
 
     def mask_weights(self, index: int) -> npt.NDArray[np.float32] | None:
-        """Return the mask (h, w) of a sample's first look in [0, 1], not mirrored; None: 1 everywhere.
+        """Return the mask (h, w) of a sample in its first look, in [0, 1], not mirrored; None: 1 everywhere.
 
         Raises: DataError.
         """

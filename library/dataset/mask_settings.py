@@ -21,6 +21,9 @@ ACTING_ON_MASKS = (
     "mask_erode",
     "mask_dilate",
     "mask_feather",
+    "mask_weight_min",
+    "mask_area_norm",
+    "mask_prior_weight",
     "unmasked_probability",
 )
 
@@ -84,3 +87,9 @@ def read_first_label_maps(samples: Iterable[Sample]) -> None:
         if path is not None and labels and subset not in seen:
             seen.add(subset)
             images.decode_mask(images.read_bytes(path), path, labels)
+
+
+def warn_of_idle_prior(every: int, samples: Iterable[Sample]) -> None:
+    """Warn of --mask_prior_every where nothing is held to the untrained model."""
+    if every > 1 and not any(sample.subset.mask_prior_weight and sample.mask.kind != "none" for sample in samples):
+        log.warning("--mask_prior_every has no effect: no image with a mask has a mask_prior_weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from library.errors import OptionError, did_you_mean
+from library.errors import OptionError
 from library.mask_making.pictures import LEARNT, MASKED_OUT, Drawn, Picture
 
 EVERY = "*"  # a box of this file name is in every picture
@@ -95,7 +96,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _csv_rows(text: str) -> Iterable[tuple[str, Sequence[Any]]]:
     lines = text.splitlines()
-    first = next((line for line in lines if line.strip()), "")
+    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
     separator = max(",;\t", key=first.count)
     order = list(range(len(COLUMNS)))
     has_begun = False
@@ -140,11 +141,13 @@ def unknown_names(boxes: BoxList, names: Iterable[str]) -> list[str]:
     """Return the file names in a list of boxes that no picture has, each with the one that was perhaps meant."""
     paths = [PurePosixPath(name) for name in names]
     known = {form for path in paths for form in (str(path), str(path.with_suffix("")), path.name, path.stem)}
-    return [
-        name + did_you_mean(name, {path.name for path in paths})
-        for name in boxes
-        if name != EVERY and name not in known
-    ]
+    unknown = [name for name in boxes if name != EVERY and name not in known]
+    return [name + _meant(name, known) for name in unknown]
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
+    return f" (is {near[0]} meant?)" if near else ""
 
 
 def from_boxes(picture: Picture, boxes: BoxList, *, learn: bool) -> Drawn:

@@ -81,7 +81,7 @@ class SourceOptions:
     def __post_init__(self) -> None:
         """Check the values, and that there is one source."""
         check_values(self)
-        given = [name for name in SOURCES if getattr(self, name) not in (None, False)]
+        given = [name for name in SOURCES if self._is_given(name)]
         flags = ", ".join(f"--{name}" for name in SOURCES)
         if not given:
             raise OptionError(f"what the masks are made from is missing. Give one of {flags}.")
@@ -91,11 +91,15 @@ class SourceOptions:
                 f"{said} cannot be used together. Give one, then run the command again with the other and --combine."
             )
         for name, sources in BELONGS_TO.items():
-            if getattr(self, name) not in (None, False) and given[0] not in sources:
+            if self._is_given(name) and given[0] not in sources:
                 wanted = " or ".join(f"--{source}" for source in sources)
                 raise OptionError(f"--{name} belongs to {wanted}, and has no meaning with --{given[0]}.")
         settle(self, "tolerance", TOLERANCE if self.tolerance is None else self.tolerance)
         settle(self, "batch_size", self.batch_size or 1)
+
+    def _is_given(self, name: str) -> bool:
+        value = getattr(self, name)
+        return value is not None and value is not False  # 0 is a tolerance
 
 
 @dataclass(frozen=True, kw_only=True)

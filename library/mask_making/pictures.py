@@ -29,8 +29,7 @@ class Drawn:
     doubt: str = ""  # why it may be wrong; empty where nothing speaks against it
 
 
-# Draws the masks of some pictures. DataError: of a source that takes one picture at a time, this one has no mask.
-# Other UserErrors: no picture can have one.
+# Draws the masks of some pictures. It raises a UserError where no picture can have one.
 Source = Callable[[Sequence[Picture]], list[Drawn]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ PAPER = 255  # what a model sees where a picture is transparent: white
 ANIME_INPUT = "img"  # of no other model that is known here
 UNSURE = (0.25, 0.75)  # answers between these say neither yes nor no
 MOSTLY = 0.5  # of what is not masked out
+FATAL = 1  # OpenCV's level of messages that leaves out warnings, and errors that it raises as well
 FAINT = 0.1  # an answer that is nowhere stronger says that nothing was found
 
 
@@ -64,11 +66,12 @@ def recognise(file: NetworkFile) -> str:
     """Return the name of the preset that a file's input tells. Raises: OptionError."""
     if file.channels_last:
         return "selfie"
+    if file.size == PRESETS["u2net"].size:
+        return "u2net"
     if file.input_name == ANIME_INPUT:
         return "anime"
-    for name in ("u2net", "isnet"):
-        if file.size == PRESETS[name].size:
-            return name
+    if file.size == PRESETS["isnet"].size:
+        return "isnet"
     said = "x".join("any" if side is None else str(side) for side in file.size)
     raise OptionError(
         f"--model {file.path}: takes pictures of {said} pixels, by which it cannot be recognised. "
@@ -178,14 +181,14 @@ def share_unsure(answer: Floats) -> float:
     return float(((answer >= UNSURE[0]) & (answer < UNSURE[1])).sum()) / not_out if not_out else 0.0
 
 
-def _maps(output: Floats, channels_last: bool, file: NetworkFile) -> Floats:
+def _maps(output: Floats, file: NetworkFile) -> Floats:
     """Return a model's output as (B, H, W). Raises: CheckpointError if it has more than one map a picture."""
     maps = output
     if maps.ndim == 4:
-        axis = 3 if channels_last else 1
+        axis = 1 if maps.shape[1] == 1 else 3
         if maps.shape[axis] != 1:
             raise CheckpointError(
-                f"--model {file.path}: answers with {maps.shape[axis]} maps a picture, not one. "
+                f"--model {file.path}: answers with {min(maps.shape[1], maps.shape[3])} maps a picture, not one. "
                 "Give a model that tells a subject from its background."
             )
         maps = maps.squeeze(axis)
@@ -196,13 +199,14 @@ def _maps(output: Floats, channels_last: bool, file: NetworkFile) -> Floats:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """Keep OpenCV from telling what it thinks of a file's shapes, which it then gets right."""
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    """Keep OpenCV from telling what it thinks of a file: of shapes, which it then gets right, and errors twice."""
+    place: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 5 has it there, 4 at the top
+    level = place.getLogLevel()
+    place.setLogLevel(FATAL)
     try:
         yield
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        place.setLogLevel(level)
 
 
 def _opencv(file: NetworkFile) -> Run:
@@ -219,12 +223,12 @@ def _opencv(file: NetworkFile) -> Run:
 
     def run(pictures: Floats) -> Floats:
         try:
-            # OpenCV has the channels of TFLite networks in front as well
-            network.setInput(pictures.transpose(0, 3, 1, 2).copy() if file.channels_last else pictures)
+            # OpenCV has the channels of TFLite networks in front, whatever the file says
+            network.setInput(pictures.transpose(0, 3, 1, 2).copy() if file.kind == "tflite" else pictures)
             output = network.forward(first)
         except cv2.error as error:
             raise _unusable(file, "OpenCV", error) from None
-        return _maps(np.asarray(output, np.float32), file.channels_last and file.kind == "onnx", file)
+        return _maps(np.asarray(output, np.float32), file)
 
     return run
 
@@ -249,13 +253,14 @@ def _onnxruntime(file: NetworkFile) -> Run:
             output = session.run([file.outputs[0]], {file.input_name: given})[0]
         except Exception as error:  # likewise
             raise _unusable(file, "onnxruntime", error) from None
-        return _maps(output, file.channels_last, file)
+        return _maps(output, file)
 
     return run
 
 
 def _unusable(file: NetworkFile, engine: str, error: Exception) -> CheckpointError:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    reason = lines[0][:200] if lines else type(error).__name__
-    other = "Give another model." if engine == "onnxruntime" else "pip install onnxruntime may run it."
+    text = " ".join(str(error).split())
+    layer = re.search(r"Node \[(\w+)@", text)  # OpenCV's words; what follows them are lines of its code
+    reason = f"its layer {layer[1]}" if layer else re.sub(r"^OpenCV\S* \S+: error: \S+ ?", "", text)[:200]
+    other = "Give another model." if engine == "onnxruntime" else "What is installed by pip install onnxruntime may."
     return CheckpointError(f"--model {file.path}: {engine} cannot run it ({reason}). {other}")

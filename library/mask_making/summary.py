@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from library.mask_making.making import Fault, Outcome
 
-MOST_NAMES = 10
+MOST_NAMES, MOST_DOUBTS = 10, 20  # of a line, and lines
 FAULTS: dict[Fault, str] = {
     "empty": "nothing of them would be learnt",
     "full": "nothing of them is masked out",
@@ -23,10 +23,13 @@ def lines(outcomes: Sequence[Outcome]) -> list[str]:
     said = [f"masks: {', '.join(counts)}"]
     said += [f"  {fault}, {meaning}: {_named(faulty[fault])}" for fault, meaning in FAULTS.items() if faulty[fault]]
     doubts: dict[str, list[str]] = {}
-    for each in outcomes:
+    for each in sorted(outcomes, key=lambda each: each.job.name):
         if each.doubt:
             doubts.setdefault(each.doubt, []).append(each.job.name)
-    said += [f"  {_named(names)}: {doubt}" for doubt, names in doubts.items()]
+    said += [f"  {_named(names)}: {doubt}" for doubt, names in list(doubts.items())[:MOST_DOUBTS]]
+    unsaid = sum(len(names) for names in list(doubts.values())[MOST_DOUBTS:])
+    if unsaid:
+        said.append(f"  {unsaid} more are doubtful; --sheet shows them")
     if numbers["kept"]:
         said.append("  kept ones are not looked at; --overwrite makes them anew")
     return said

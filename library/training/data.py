@@ -107,10 +107,10 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     found = mask_shares.without_empty(found)
     mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
+    mask_settings.warn_of_idle_prior(options.masks.mask_prior_every, found.samples)
     cut_settings.warn_of_idle(
         [subset for each in configs for subset in each.subsets], is_cached=options.caching.cache_latents
     )
-    _warn_of_idle_weights(options.masks.mask_prior_every, found.samples)
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:
@@ -123,17 +123,6 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
             if getattr(options.validation, name) is not None:
                 log.warning("--%s has no effect: no image is held back, see --validation_split", name)
     return Data(configs, found.samples, found.validation)
-
-
-def _warn_of_idle_weights(prior_every: int, samples: Sequence[Sample]) -> None:
-    """Warn of settings of the loss that nothing makes use of."""
-    subsets = list({id(sample.subset): sample.subset for sample in samples}.values())
-    masked = list({id(sample.subset): sample.subset for sample in samples if sample.mask.kind != "none"}.values())
-    for name in ("mask_weight_min", "mask_area_norm", "mask_prior_weight"):
-        if any(getattr(subset, name) for subset in subsets) and not any(getattr(subset, name) for subset in masked):
-            log.warning("%s has no effect: none of the images that it is for has a mask", name)
-    if prior_every > 1 and not any(subset.mask_prior_weight for subset in masked):
-        log.warning("--mask_prior_every has no effect: no image with a mask has a mask_prior_weight")
 
 
 def _warn_of_doubts(configs: Sequence[DatasetConfig], found: scan.Scan) -> None:

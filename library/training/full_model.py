@@ -65,7 +65,7 @@ class FullModel:
             setting.steps_done,
         )
         if setting.checked.data.users_of_untrained:
-            made.keep_untrained()
+            made.keep_untrained(setting.checked.precision.autocast)
         if options.training.gradient_checkpointing:
             family.enable_gradient_checkpointing(
                 parts, made.is_text_trained, is_offloaded=options.training.cpu_offload_checkpointing
@@ -232,9 +232,13 @@ class FullTrainee:
     def before_batch(self) -> None:
         """Return at once: nothing is due."""
 
-    def keep_untrained(self) -> None:
-        """Keep the models as they are now, beside those that learn; to be called before they do."""
-        before = {id(model): frozen_copy(model) for model in self.modules}
+    def keep_untrained(self, autocast: torch.dtype | None) -> None:
+        """Keep the models as they are now, beside those that learn; to be called before they do.
+
+        Args:
+            autocast: what most of the arithmetic is done in; None: float32 throughout.
+        """
+        before = {id(model): frozen_copy(model, autocast) for model in self.modules}
         encoders = tuple(before.get(id(encoder), encoder) for encoder in self.parts.text_encoders)
         self._untrained = replace(self.parts, denoiser=before[id(self.parts.denoiser)], text_encoders=encoders)
         num_bytes = sum(weight.nbytes for model in before.values() for weight in model.parameters())
@@ -298,6 +302,18 @@ class FullTrainee:
             yield f"{TEXT_ENCODER}{index + 1}", model
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model, in evaluation mode, that does not learn; its weights stay as they are now."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+def frozen_copy(model: nn.Module, autocast: torch.dtype | None) -> nn.Module:
+    """Return a copy of a model, in evaluation mode, that does not learn; its weights stay as they are now.
+
+    Layers whose weights are cast at each use anyway are kept as cast: half the memory, and no bit of what comes out
+    changes.
+
+    Args:
+        model: to be copied.
+        autocast: what their weights are cast to; None: they are not.
+    """
+    made = copy.deepcopy(model).requires_grad_(False).eval()
+    for layer in made.modules():
+        if autocast is not None and isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.to(autocast)
+    return made

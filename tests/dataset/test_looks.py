@@ -190,9 +190,9 @@ def test_memory_and_disk_hold_the_same_looks(tmp_path, encoder):
             (one, mask), (two, other) = (store.get(0, flip=flip, look=look) for store in (on_disk, in_memory))
             assert torch.equal(one, two)
             assert (mask == other).all()
-    [told] = mask_shares.decoded([sample])
-    for store in (on_disk, in_memory):
-        assert mask_shares.stored([sample], store) == [told]
+    (there,), (here,) = (mask_shares.stored([sample], each) for each in (on_disk, in_memory))
+    (decoded,) = mask_shares.decoded([sample])
+    assert there.share == here.share == pytest.approx(decoded.share)
 
 
 def test_each_fill_keeps_its_entries_so_that_switching_back_encodes_nothing(tmp_path, encoder):
