@@ -146,7 +146,7 @@ def weigh(loss: Tensor, masks: Tensor | None) -> Tensor:
 
     Args:
         loss: (B, C, h, w), element by element.
-        masks: (B, 1, h, w) in [0, 1], or None to leave the loss as it is.
+        masks: (B, 1, h, w) in [0, 1], or other weights of 0 or more; None leaves the loss as it is.
     """
     return loss if masks is None else loss * masks.to(loss.dtype)
 
