@@ -107,7 +107,7 @@ def draw_labels() -> None:
     pictures = drawing.rows(
         ("the photo", "the label map", "the weights", "what is learnt"), [[shrunk(each, 300) for each in shown]]
     )
-    table = Image.new("RGB", (250, pictures.height), "white")
+    table = Image.new("RGB", (190, pictures.height), "white")
     draw = ImageDraw.Draw(table)
     draw.text((10, 11), "mask_labels", font=drawing.font(), fill=drawing.INK, anchor="lm")
     names = {"1": "the suit", "2": "the head", "3": "print", "0": "around"}
