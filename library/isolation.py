@@ -54,7 +54,7 @@ class Fill:
 KEEP = Fill()
 
 
-def fill(rgb: Colours, mask: Mask, how: Fill, seed: str) -> Colours:
+def fill(rgb: Colours, mask: Mask, how: Fill, seed: str, grain: int = 1) -> Colours:
     """Return a picture whose pixels under black are filled; the others stay as they are.
 
     A fill depends only on the pixels that are not black in the mask, each of which counts as much as it is white. If
@@ -65,29 +65,36 @@ def fill(rgb: Colours, mask: Mask, how: Fill, seed: str) -> Colours:
         mask: (H, W) uint8; 0 is masked out.
         how: the fill.
         seed: of noise: the picture's name.
+        grain: of noise, in pixels a side: how many times smaller the picture will be shown, so that the noise is not
+            averaged away.
     """
     if how.is_keep or mask.all():
         return rgb
     if not mask.any():
         return np.full_like(rgb, MID_GREY)
-    filled = FILLS[how.kind](rgb, mask, f"{seed} {how.number}")
+    filled = FILLS[how.kind](rgb, mask, f"{seed} {how.number}", grain)
     return np.asarray(cv2.copyTo(rgb, mask, filled), np.uint8)
 
 
-def _mean(rgb: Colours, mask: Mask, _: str) -> Colours:
+def _mean(rgb: Colours, mask: Mask, _seed: str, _grain: int) -> Colours:
     mean, _covariance = _moments(rgb, mask)
     filled = np.empty_like(rgb)
     filled[:] = np.rint(mean).astype(np.uint8)
     return filled
 
 
-def _noise(rgb: Colours, mask: Mask, seed: str) -> Colours:
-    """Return normal noise, each pixel alone, with mean and covariance of the colours that are learnt."""
+def _noise(rgb: Colours, mask: Mask, seed: str, grain: int) -> Colours:
+    """Return normal noise, each grain alone, with mean and covariance of the colours that are learnt."""
     mean, covariance = _moments(rgb, mask)
     mixing = np.column_stack((_root(covariance), mean)).astype(np.float32)
     number = int.from_bytes(hashlib.blake2b(seed.encode("utf-8", "surrogateescape"), digest_size=16).digest(), "little")
-    drawn = np.random.Generator(np.random.SFC64(number)).standard_normal(rgb.shape, dtype=np.float32)
-    return _to_bytes(np.asarray(cv2.transform(drawn, mixing), np.float32))
+    height, width = mask.shape
+    grains = (-(-height // grain), -(-width // grain), 3)
+    drawn = np.random.Generator(np.random.SFC64(number)).standard_normal(grains, dtype=np.float32)
+    colours = _to_bytes(np.asarray(cv2.transform(drawn, mixing), np.float32))
+    if grain > 1:
+        colours = np.ascontiguousarray(colours.repeat(grain, axis=0).repeat(grain, axis=1)[:height, :width])
+    return colours
 
 
 def _moments(rgb: Colours, mask: Mask) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -121,7 +128,7 @@ def _root(covariance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return root
 
 
-def _extend(rgb: Colours, mask: Mask, _: str) -> Colours:
+def _extend(rgb: Colours, mask: Mask, _seed: str, _grain: int) -> Colours:
     """Return the learnt colours carried outwards, the further the smoother.
 
     The picture is halved until it is a pixel, black cells getting the colours of their parts; on the way back each
@@ -173,6 +180,6 @@ def _to_bytes(colours: Floats) -> Colours:
     return np.rint(colours, out=colours).clip(0, 255, out=colours).astype(np.uint8)
 
 
-FILLS: Mapping[str, Callable[[Colours, Mask, str], Colours]] = MappingProxyType(
+FILLS: Mapping[str, Callable[[Colours, Mask, str, int], Colours]] = MappingProxyType(
     {"extend": _extend, "mean": _mean, "noise": _noise}
 )

@@ -62,6 +62,11 @@ class MaskSource:
     path: Path | None = None  # the mask file; only for kind "file"
     shape: MaskShape = PLAIN
 
+    @property
+    def is_given(self) -> bool:
+        """Whether somebody says what of the image is learnt."""
+        return self.kind not in ("none", "padding")
+
 
 def shrink(pixels: npt.NDArray[np.uint8]) -> Sums:
     """Return a mask at latent size, exactly: the sum of each cell's 8x8 pixels.

@@ -24,7 +24,7 @@ from networks import (
     sdxl_merge_lora,
     svd_merge_lora,
 )
-from tools import merge_sd3_safetensors
+from tools import merge_sd3_safetensors, pad_buckets
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -47,6 +47,7 @@ COMMANDS = {  # of networks/ and tools/ -> what declares their options
     "resize_lora.py": resize_lora.ResizeOptions,
     "merge_sd3_safetensors.py": merge_sd3_safetensors.PackOptions,
 }
+TOOLS = {"pad_buckets.py": (pad_buckets.PadOptions, pad_buckets.read, "placement.md")}  # and where each is described
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 
 
@@ -68,6 +69,7 @@ def known_options() -> set[str]:
     """Return the name of every option of training, those that are refused or ignored included."""
     names = set(all_declared()) | {each.name for each in (*REFUSED, *IGNORED, *GRANTED)} | set(OTHER_SCRIPTS)
     names |= {each.name for group in COMMANDS.values() for each in declared(group)}
+    names |= {each.name for group, _, _ in TOOLS.values() for each in declared(group)}
     return names | {CONFIG_FILE.name, OUTPUT_CONFIG.name}
 
 
@@ -168,6 +170,32 @@ def test_every_option_of_the_commands_of_networks_is_described():
     text = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
     names = {each.name for group in COMMANDS.values() for each in declared(group)}
     assert not [name for name in names if f"--{name}" not in text]
+
+
+def shown_tools():
+    """Return each command of a tool as the pages show it: page, tool, arguments."""
+    found = []
+    for page in PAGES:
+        for language, block in CODE_BLOCK.findall(page.read_text(encoding="utf-8")):
+            lines = block.replace("\\\n", " ").splitlines() if language == "bash" else []
+            said = [re.match(r"python tools/(\w+\.py) (.*)", line) for line in lines]
+            found += [(name_of(page), match[1], match[2]) for match in said if match and match[1] in TOOLS]
+    return found
+
+
+@pytest.mark.parametrize(("place", "tool", "arguments"), shown_tools())
+def test_every_command_of_a_tool_that_is_shown_is_understood(place, tool, arguments):
+    _, read, _ = TOOLS[tool]
+    assert read(shlex.split(arguments))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_option_of_a_tool_is_described(tool):
+    group, _, page = TOOLS[tool]
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert not [
+        each.name for each in declared(group) if f"--{each.name}" not in text and not each.name.endswith("put_dir")
+    ]
 
 
 def test_every_key_of_a_data_set_config_is_described():

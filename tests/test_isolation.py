@@ -86,6 +86,18 @@ def test_noise_has_mean_and_covariance_of_what_is_learnt():
     np.testing.assert_allclose(np.cov(made.T), np.cov(learnt.T), rtol=0.03, atol=3)
 
 
+def test_grains_of_noise_keep_their_strength_when_the_picture_is_reduced():
+    rgb, mask = picture(160, 160), np.zeros((160, 160), np.uint8)
+    mask[:, :80] = 255
+
+    def strength(grain):
+        small = cv2.resize(fill(rgb, mask, Fill("noise"), "a", grain), (40, 40), interpolation=cv2.INTER_AREA)
+        return float(small[:, 20:].std())
+
+    assert strength(1) == pytest.approx(strength(4) / 4, rel=0.1)
+    assert strength(4) == pytest.approx(rgb.std(), rel=0.15)  # somewhat less: values beyond 0 and 255 are cut
+
+
 def test_noise_depends_on_the_pictures_name_and_its_number():
     made = [fill(picture(), disc(), Fill("noise", number), name) for number, name in ((0, "a"), (0, "b"), (1, "a"))]
     assert all((one != other).any() for one, other in zip(made, made[1:] + made[:1], strict=True))
@@ -127,15 +139,16 @@ def test_the_number_of_threads_changes_nothing(how):
     mask=arrays.arrays(np.uint8, arrays.array_shapes(min_dims=2, max_dims=2, max_side=19), fill=st.just(0)),
     how=st.sampled_from(FILLS),
     seed=st.integers(0, 9),
+    grain=st.integers(1, 30),
 )
-def test_any_fill_of_any_mask_is_a_picture_of_learnt_colours(mask, how, seed):
+def test_any_fill_of_any_mask_is_a_picture_of_learnt_colours(mask, how, seed, grain):
     """Extended and mean colours lie between the least and the most of what is learnt; noise anywhere in a picture."""
     rgb = picture(*mask.shape, seed=seed)
-    made = fill(rgb, mask, how, "a")
+    made = fill(rgb, mask, how, "a", grain)
     assert made.shape == rgb.shape
     assert made.dtype == np.uint8
     other = np.where(mask[..., None] > 0, rgb, picture(*mask.shape, seed=seed + 1))
-    assert (fill(other, mask, how, "a") == made).all()
+    assert (fill(other, mask, how, "a", grain) == made).all()
     if mask.any() and how.kind != "noise":
         learnt = rgb[mask > 0]
         assert (made >= learnt.min(axis=0)).all()

@@ -67,7 +67,9 @@ class LatentStore:
         Raises: DataError.
         """
         first = [looks[0] for looks in self._stored]
-        masked = {id(stored.place): stored for stored in first if stored.mask_kind != "none"}  # each entry once
+        masked = {
+            id(stored.place): stored for stored in first if stored.mask_kind not in ("none", "padding")
+        }  # each entry once
         masks = [
             entries.read_mask(stored.place, stored.mask_kind) if isinstance(stored.place, Path) else stored.place.mask
             for stored in masked.values()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library.dataset import buckets, mask_settings
+from library.dataset import buckets, cut_settings, mask_settings
 from library.dataset.geometry import Size
 from library.dataset.schema import (
     DATASET_KEYS,
@@ -290,6 +290,7 @@ def _resolve_subset(table: Level, index: int, inherited: Sequence[Level], *, is_
         image_dir = values["metadata_file"].parent
     subset = SubsetConfig(image_dir=image_dir, index=index, **values)
     mask_settings.check(table.place, subset)
+    cut_settings.check(table.place, subset)
     return subset
 
 

@@ -99,7 +99,9 @@ def veiled(pixels: Pixels, weights: Weights) -> Pixels:
 def _share(sample: Sample, weights: Weights | None) -> str:
     if weights is None:
         return "no mask: all is learnt"
-    source = "alpha channel" if sample.mask.kind == "alpha" else "of the class"
+    source = {"alpha": "alpha channel", "padding": "none, but for the free canvas"}.get(
+        sample.mask.kind, "of the class"
+    )
     if sample.mask.path is not None:
         source = sample.mask.path.name
     fills = [look.fill.kind for look in looks.looks_of(sample)]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.batch import Batch, Share
 from library.cache.fill import to_images
 from library.cache.store import LatentStore, TextStore
-from library.dataset import captions, geometry, images, looks, plan
+from library.dataset import captions, geometry, images, looks, placement, plan
 from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
@@ -149,12 +149,17 @@ class DrawnImages(DrawsDataset):
         number = looks.draw(len(choices), plan.rng(seed, draw, f"{name} look"))
         look = choices[number]
         transform = geometry.draw(look.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
+        if self.store is None and sample.subset.random_placement:
+            placed_by = plan.rng(seed, draw, f"{looks.seed_of(sample.path)} placement")
+            transform = placement.draw(transform, sample.subset, placed_by, sample.region)
         least = sample.subset.mask_weight_min
         sizes = geometry.size_conditioning(transform)
         if image is None:
             assert self.store is not None
             latents, mask = self.store.get(draw.sample, flip=transform.flip, look=number)
-            return _Item(caption, None, latents, mask if is_masked else None, least, sizes)
+            if sample.mask.is_given and not is_masked:
+                mask = images.shrunk(None, transform)
+            return _Item(caption, None, latents, mask, least, sizes)
         mask_pixels = images.mask_of(image, sample.mask, transform.source) if is_masked else None
         seen = images.see(image, mask_pixels, replace(look, transform=transform), sample.path)
         pixels = seen.pixels

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from library.dataset import images
 from library.errors import OptionError
 
 if TYPE_CHECKING:
@@ -58,3 +59,27 @@ def warn_of_idle(subsets: Iterable[SubsetConfig], samples: Iterable[Sample]) -> 
         for name in ACTING_ON_MASKS:
             if getattr(subset, name) != getattr(plain, name):
                 log.warning("%s: %s has no effect: no image has a mask", subset.source, name)
+
+
+def warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
+    """Warn of --mask_token_drop where every part of every image is learnt."""
+    if reach is None:
+        return
+    masked = [sample for sample in samples if sample.mask.kind != "none"]
+    if not masked:
+        log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
+    elif all(sample.subset.mask_weight_min for sample in masked):
+        log.warning("--mask_token_drop has no effect: mask_weight_min gives every cell some weight")
+
+
+def read_first_label_maps(samples: Iterable[Sample]) -> None:
+    """Look into the first label map of each subset: a table that does not fit is found before a model is loaded.
+
+    Raises: DataError.
+    """
+    seen: set[tuple[int, int]] = set()
+    for sample in samples:
+        path, labels, subset = sample.mask.path, sample.mask.shape.labels, (sample.dataset, sample.subset.index)
+        if path is not None and labels and subset not in seen:
+            seen.add(subset)
+            images.decode_mask(images.read_bytes(path), path, labels)

@@ -1,4 +1,4 @@
-"""The scan: from folders to samples, with every problem found on the way, without decoding a pixel."""
+"""The scan: from folders to samples, with every problem found on the way, without decoding a picture."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dataset import buckets, captions, faults, files, metadata_file, pairing, split
+from library.dataset import captions, faults, files, framing, metadata_file, pairing, placement, regions, split
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
-from library.dataset.geometry import Size, Transform
+from library.dataset.geometry import Box, Size, Transform
 from library.dataset.problems import Joint, Problem, listed
 from library.errors import DataError, OptionError
 from library.masks import MaskSource
@@ -37,6 +37,7 @@ class Sample:
     orientation: int  # EXIF, 1 to 8
     transform: Transform  # into the bucket, cut in the middle
     mask: MaskSource
+    region: Box | None = None  # what the mask lets be learnt, in pixels of the image; None: not asked for, or nothing
     is_validation: bool = False  # held back from training; num_repeats is 1 then
     give: Callable[[str], Given] | None = field(default=None, compare=False, repr=False)  # of the user's class: by seed
 
@@ -79,6 +80,7 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
             message = f"{folder}: datasets[{number}] has only regularisation images. Add a subset without is_reg."
             findings.error(folder, message, "only-regularisation")
     findings.problems += faults.surplus_masks(findings.mask_folders, findings.stems, findings.problems)
+    findings.problems += framing.cut_off(sample for samples in found for sample in samples)
     samples, validation = _divided(found, findings)
     problems = tuple(dict.fromkeys(findings.problems))  # two datasets may share a folder
     return Scan(tuple(samples), problems, tuple(validation))
@@ -91,7 +93,7 @@ def _divided(datasets: Sequence[Sequence[Sample]], findings: _Findings) -> tuple
     """
     validation = [sample for samples in datasets for sample in samples if sample.is_validation]
     if not validation:
-        return [sample for samples in datasets for sample in _balanced(samples)], []
+        return [sample for samples in datasets for sample in split.balanced(samples)], []
     folders = {folder: folder.resolve() for folder in {s.path.parent for samples in datasets for s in samples}}
 
     def identity(sample: Sample) -> Path:
@@ -101,7 +103,7 @@ def _divided(datasets: Sequence[Sequence[Sample]], findings: _Findings) -> tuple
     held = {identity(sample) for sample in validation}
     trained: list[Sample] = []
     for samples in datasets:
-        trained += _balanced([sample for sample in samples if identity(sample) not in held])
+        trained += split.balanced([sample for sample in samples if identity(sample) not in held])
     shared = {s.path for samples in datasets for s in samples if identity(s) in held and not s.is_validation}
     for path in sorted(shared):
         joint = Joint("images are held back for validation in one subset, so others do not train on them", path.name)
@@ -120,6 +122,7 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
         return []
     readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
+    boxes = regions.of_subset(subset, masks, {image: headers[image].size for image in masks}, findings.problems)
     held = split.held_back(readable, subset.validation_split, subset.validation_seed)
     if subset.validation_split and readable and len(held) in (0, len(readable)):
         message = (
@@ -136,8 +139,9 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
             is_reg=subset.is_reg,
             num_repeats=1 if image in held else subset.num_repeats,
             orientation=headers[image].orientation,
-            transform=buckets.assign(config, subset, headers[image].size),
-            mask=masks[image],
+            transform=framing.assign(config, subset, headers[image].size, boxes.get(image)),
+            mask=placement.mask_of(masks[image], subset.random_placement),
+            region=boxes.get(image),
             is_validation=image in held,
         )
         for image in readable
@@ -299,32 +303,9 @@ def _fits(mask: Path, mask_header: Header, image: Path, header: Header, findings
     return problem is None
 
 
-def _balanced(samples: Sequence[Sample]) -> list[Sample]:
-    """Return samples with regularisation images repeated, or left out, until they are as many as the others.
-
-    In order, each with its own repeats, until the others' number is reached; the rest are not used. If they are too
-    few, each gets one repeat more, in order and again, until it is reached.
-    """
-    regular = [sample for sample in samples if not sample.is_reg]
-    wanted = sum(sample.num_repeats for sample in regular)
-    chosen: list[Sample] = []
-    total = 0
-    for sample in samples:
-        if sample.is_reg and total < wanted:
-            chosen.append(sample)
-            total += sample.num_repeats
-    if not chosen:
-        return regular
-    rounds, rest = divmod(max(0, wanted - total), len(chosen))
-    return regular + [
-        replace(sample, num_repeats=sample.num_repeats + rounds + (number < rest))
-        for number, sample in enumerate(chosen)
-    ]
-
-
 def check_masked_loss(masked_loss: bool, samples: Sequence[Sample]) -> None:
     """Raise OptionError if --masked_loss is asked for and no sample has a mask."""
-    if masked_loss and all(sample.mask.kind == "none" for sample in samples):
+    if masked_loss and all(not sample.mask.is_given for sample in samples):
         raise OptionError(
             f"--masked_loss: none of the {len(samples)} images has a mask. Set conditioning_data_dir or alpha_mask "
             "in a subset of the dataset config, or leave --masked_loss out."

@@ -102,16 +102,20 @@ def mask_line(samples: Sequence[Sample], *, mean_weight: float | None = None) ->
     num_masked = kinds["file"] + kinds["alpha"] + kinds["own"]
     if not samples:
         return "masks: none, and no images"
+    placed = (
+        "; the canvas around placed images is not learnt" if any(s.subset.random_placement for s in samples) else ""
+    )
     if not num_masked:
-        return f"masks: none; all {len(samples)} images are learnt whole"
+        return f"masks: none; all {len(samples)} images are learnt whole{placed}"
     sources = [f"{kinds['file']} file{'s' * (kinds['file'] != 1)}"] if kinds["file"] else []
     sources += [f"{kinds['alpha']} alpha"] if kinds["alpha"] else []
     sources += [f"{kinds['own']} of the class"] if kinds["own"] else []
     mean = f", mean weight {mean_weight:.2f}" if mean_weight is not None else ""
-    unmasked = f", {kinds['none']} unmasked" if kinds["none"] else ""
+    num_unmasked = kinds["none"] + kinds["padding"]
+    unmasked = f", {num_unmasked} unmasked" if num_unmasked else ""
     return (
         f"masks: {num_masked} of {len(samples)} images ({', '.join(sources)}){mean}{unmasked}; "
-        "white (255) is learnt, black (0) is not"
+        f"white (255) is learnt, black (0) is not{placed}"
     )
 
 

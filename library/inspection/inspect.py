@@ -47,7 +47,6 @@ TOLD_AT_START: tuple[Check, ...] = (  # of training, which has told of some othe
     captions.garbled,
     captions.naming_what_is_masked,
     settings.idle_mask_settings,
-    settings.idle_placement,
     settings.contradictions,
 )
 OF_PIXELS: tuple[Check, ...] = (  # of what the pass over all pixels found
@@ -93,7 +92,7 @@ def warnings_at_start(configs: Sequence[DatasetConfig], scan: Scan) -> list[Prob
 
     That no image of the run has a mask, and what then has no effect, training says itself.
     """
-    has_masks = any(sample.mask.kind != "none" for sample in (*scan.samples, *scan.validation))
+    has_masks = any(sample.mask.is_given for sample in (*scan.samples, *scan.validation))
     checks = [check for check in TOLD_AT_START if has_masks or check is not settings.idle_mask_settings]
     scene = Scene(configs, scan)
     found = [problem for check in checks for problem in check(scene)]
@@ -104,7 +103,8 @@ def warnings_at_start(configs: Sequence[DatasetConfig], scan: Scan) -> list[Prob
 
 def once(problems: Iterable[Problem]) -> list[Problem]:
     """Return problems, each once, without those whose cause another tells of the same file."""
-    problems = list(dict.fromkeys(problems))  # two datasets may share a folder
+    alike = {(problem.code, problem.path, problem.message): problem for problem in reversed(list(problems))}
+    problems = list(reversed(alike.values()))  # two datasets may share a folder
     told: dict[Path, set[str]] = {}
     for problem in problems:
         for path in (problem.path, *problem.files):

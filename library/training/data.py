@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.dataset import config, latents, mask_settings, own_class, plan, problems, scan, texts
+from library.dataset import config, cut_settings, latents, mask_settings, own_class, plan, problems, scan, texts
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
 from library.errors import OptionError
@@ -76,8 +76,12 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
     _warn_of_doubts(configs, found)
-    _warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
+    mask_settings.read_first_label_maps(found.samples + found.validation)
+    mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
+    cut_settings.warn_of_idle(
+        [subset for each in configs for subset in each.subsets], is_cached=options.caching.cache_latents
+    )
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:
@@ -99,11 +103,6 @@ def _warn_of_doubts(configs: Sequence[DatasetConfig], found: scan.Scan) -> None:
         log.warning("%s", message)
     if messages[MOST_DOUBTS:]:
         log.warning("%d more warnings about the data set: see tools/check_dataset.py", len(messages[MOST_DOUBTS:]))
-
-
-def _warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
-    if reach is not None and all(sample.mask.kind == "none" for sample in samples):
-        log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
 
 
 def in_whole_tokens(config: DatasetConfig, side_multiple: int) -> DatasetConfig:

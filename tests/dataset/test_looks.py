@@ -17,6 +17,7 @@ from PIL import Image
 
 from library.dataset import contact_sheet
 from library.dataset.config import SubsetConfig
+from library.dataset.geometry import Transform
 from library.dataset.images import mean_mask_weight, read_mask_weights, read_training_pixels
 from library.dataset.latents import build_store
 from library.dataset.loader import DrawnImages, LoaderSettings
@@ -162,6 +163,20 @@ def test_the_contact_sheet_shows_and_names_what_is_filled(tmp_path, monkeypatch,
     shown = np.asarray(cell)[: contact_sheet.SIDE, : contact_sheet.SIDE]
     assert (shown == 200).all()
     assert f"75% is learnt, mask: alpha channel{named}" in texts, "a half of all, and the least weight of the rest"
+
+
+def test_noise_is_as_strong_in_a_picture_that_is_reduced(tmp_path):
+    strengths = []
+    for factor in (1, 5):
+        rng = np.random.default_rng(0)
+        pixels = rng.integers(90, 166, (64 * factor, 64 * factor, 3), dtype=np.uint8)
+        mask = np.zeros(pixels.shape[:2], np.uint8)
+        mask[:, : 16 * factor] = 255
+        Image.fromarray(np.dstack((pixels, mask))).save(tmp_path / "a.png")
+        size = (64 * factor, 64 * factor)
+        sample = replace(filled(tmp_path / "a.png", "noise"), transform=Transform(size, (64, 64), (0, 0), (64, 64)))
+        strengths.append(read_training_pixels(sample)[:, 17:].std())
+    assert strengths[1] == pytest.approx(strengths[0], rel=0.1)
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
+import json
 import logging
 
 import pytest
-from dataset.pictures import sample_of
+from dataset.pictures import sample_of, save_picture
 
-from library.dataset.config import SubsetConfig, load
-from library.dataset.mask_settings import warn_of_idle
-from library.errors import OptionError
+from library.dataset.config import DatasetConfig, SubsetConfig, load
+from library.dataset.mask_settings import read_first_label_maps, warn_of_idle, warn_of_idle_dropping
+from library.dataset.scan import scan
+from library.errors import DataError, OptionError
 from library.masks import MaskShape, MaskSource
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
@@ -28,12 +30,43 @@ def read(tmp_path):
 
 def test_settings_of_the_shape_are_pixels_and_labels_of_the_subset(read):
     subset = read(
-        "mask_invert = true\nmask_erode = 1\nmask_dilate = 2.5\nmask_labels = {1 = 1, '#FF0000' = 0.5, other = 0.1}",
-        mask_feather=3.0,
+        "mask_erode = 1\nmask_labels = {1 = 1, '#FF0000' = 0.5, other = 0.1}",
+        mask_invert=True,
         mask_erode=7.0,
+        mask_dilate=2.5,
+        mask_feather=3.0,
     )
     labels = (("#ff0000", 0.5), ("1", 1.0), ("other", 0.1))
     assert subset.mask_shape == MaskShape(labels, invert=True, erode=1.0, dilate=2.5, feather=3.0)
+
+
+@pytest.mark.parametrize("metadata_file", [False, True])
+def test_every_mask_gets_the_shape_of_its_subset_and_only_files_get_labels(tmp_path, metadata_file):
+    """With the headers kept by cache_info too, at a first and a second start."""
+    for name, channels in (("a", 3), ("b", 4), ("c", 3)):
+        save_picture(tmp_path / "img" / f"{name}.png", channels=channels)
+    save_picture(tmp_path / "masks" / "a.png", channels=1)
+    content = {f"{name}.png": {"caption": name} for name in "abc"}
+    (tmp_path / "meta.json").write_text(json.dumps(content), encoding="utf-8")
+    subset = SubsetConfig(
+        tmp_path / "img",
+        conditioning_data_dir=tmp_path / "masks",
+        alpha_mask=True,
+        missing_mask="train_all",
+        class_tokens="x",
+        mask_labels=(("1", 1.0),),
+        mask_erode=2,
+        metadata_file=tmp_path / "meta.json" if metadata_file else None,
+        cache_info=not metadata_file,
+    )
+    for _ in range(2):
+        found = scan((DatasetConfig((64, 64), (subset,)),))
+        assert not found.problems
+        assert [sample.mask for sample in found.samples] == [
+            MaskSource("file", tmp_path / "masks" / "a.png", MaskShape((("1", 1.0),), erode=2.0)),
+            MaskSource("alpha", shape=MaskShape(erode=2.0)),
+            MaskSource("none"),
+        ]
 
 
 @pytest.mark.parametrize("fill", ["extend", "mean", "noise"])
@@ -60,6 +93,31 @@ def test_labels_without_mask_files_are_warned_about(read, caplog):
     caplog.clear()
     read("mask_labels = {1 = 1.0}\nconditioning_data_dir = 'm'")
     assert not caplog.messages
+
+
+def test_the_first_label_map_of_a_subset_is_read_before_training(tmp_path):
+    subset = SubsetConfig(tmp_path, mask_labels=(("1", 1.0),), conditioning_data_dir=tmp_path)
+    source = MaskSource("file", save_picture(tmp_path / "m.png", channels=3), subset.mask_shape)
+    samples = [sample_of(tmp_path / name, source, subset=subset) for name in ("a.png", "b.png")]
+    with pytest.raises(DataError, match=r"m\.png: has neither a palette nor greys"):
+        read_first_label_maps(samples)
+    save_picture(tmp_path / "m.png", channels=1)
+    read_first_label_maps(samples)
+
+
+def test_dropping_tokens_is_idle_where_every_cell_has_some_weight(tmp_path, caplog):
+    samples = [
+        sample_of(tmp_path / "a.png", subset=SubsetConfig(tmp_path, mask_weight_min=least)) for least in (0.1, 0)
+    ]
+    warn_of_idle_dropping(2, samples)
+    warn_of_idle_dropping(None, samples[:1])
+    assert not caplog.messages
+    warn_of_idle_dropping(2, samples[:1])
+    warn_of_idle_dropping(2, [sample_of(tmp_path / "a.png", MaskSource("none"))])
+    assert caplog.messages == [
+        "--mask_token_drop has no effect: mask_weight_min gives every cell some weight",
+        "--mask_token_drop has no effect: none of the 1 images has a mask",
+    ]
 
 
 def test_settings_that_act_on_masks_are_idle_without_any(tmp_path, caplog):

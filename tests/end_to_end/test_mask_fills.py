@@ -9,7 +9,7 @@ from end_to_end.train_db_runs import train_db
 from end_to_end.training_runs import Family, Pictures, arguments, differing, subset, write_toml
 from PIL import Image
 
-STEPS = ("--max_train_steps", 3)
+STEPS = ("--max_train_steps", 4)
 
 
 def test_without_a_cache_what_is_masked_out_changes_no_bit_of_the_network(train: Train, tmp_path: Path) -> None:
