@@ -179,7 +179,7 @@ def measure(setup: Setup, case: Case) -> Measured:
         there = batch.to(device)
         assert there.latents is not None
         with torch.autocast(device.type, torch.bfloat16):
-            loss = step(there, there.latents).mean()
+            loss = step(there, there.latents).per_image.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -52,8 +52,8 @@ class Batch:
     tokens: Tensor | None  # family.tokenize(captions): SD (B, num_windows, 77) int64; None when text is given
     images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1]; None when latents are given
     latents: Tensor | None  # (B, C, h, w) VAE sample, not yet scaled; None when images are given
-    masks: Tensor | None  # (B, 1, h, w) float32 in [0, 1]; None: every image weighs 1 everywhere
-    weights: Tensor  # (B,) float32: 1, or the prior loss weight of a regularisation image
+    masks: Tensor | None  # (B, 1, h, w) float32 in [0, 1]: what cells weigh; None: every image weighs 1 everywhere
+    weights: Tensor  # (B,) float32: 1, or a regularisation image's prior loss weight; times what masks.area_scale gives
     original_sizes: Tensor  # (B, 2) int64: height, width of the file
     crop_top_lefts: Tensor  # (B, 2) int64: top, left of the crop in the resized image, as made
     target_sizes: Tensor  # (B, 2) int64: height, width of the bucket
@@ -63,6 +63,8 @@ class Batch:
     dropped_texts: Tensor | None = None  # (B, text encoders) bool: which are not heard in this step; None: none
     crop_offset: tuple[float, float] | None = None  # top, left in [0, 1): of the window of positions; None: the middle
     kept_tokens: Tensor | None = None  # (B, K) int64: the picture's tokens that are computed; None: all
+    regions: Tensor | None = None  # (B, 2, h, w) float32: inside and outside of masks, see masks.figures; None: no mask
+    prior: Tensor | None = None  # (B, 1, h, w) float32: how strongly cells are held to the untrained prediction
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with every tensor on device; copies from pinned memory do not wait."""

@@ -86,17 +86,11 @@ def to_array(sums: Sums) -> npt.NDArray[np.float32]:
     return sums.astype(np.float32) / np.float32(FULL)
 
 
-def to_weights(sums: Sums, least: float = 0.0) -> Tensor:
-    """Return the weights of one shrunk mask (h, w) as a loss takes them: (1, h, w) float32 in [least, 1].
-
-    Args:
-        sums: of the mask.
-        least: the weight of cells that weigh less, --mask_weight_min.
-    """
+def to_weights(sums: Sums) -> Tensor:
+    """Return the weights of one shrunk mask (h, w) as a loss takes them: (1, h, w) float32 in [0, 1]."""
     import torch
 
-    weights = torch.from_numpy(to_array(sums))[None]
-    return weights.clamp_(min=least) if least else weights
+    return torch.from_numpy(to_array(sums))[None]
 
 
 def kept_tokens(masks: Tensor, reach: int, patch: int = 2, multiple: int = 64) -> Tensor | None:
@@ -153,3 +147,72 @@ def weigh(loss: Tensor, masks: Tensor | None) -> Tensor:
         masks: (B, 1, h, w) in [0, 1], or None to leave the loss as it is.
     """
     return loss if masks is None else loss * masks.to(loss.dtype)
+
+
+def area_scale(weights: npt.NDArray[np.float32], exponent: float, floor: float) -> float:
+    """Return what makes up for the area that counts: 1 / max(mean weight, floor)^exponent, exactly 1 at exponent 0.
+
+    At 1 a small region pulls as hard as a whole picture, at 0 in proportion to its area.
+
+    Args:
+        weights: (h, w) in [0, 1].
+        exponent: in [0, 1].
+        floor: the least mean weight to divide by, above 0: so it is finite for black masks too.
+    """
+    if exponent == 0:
+        return 1.0
+    return max(float(weights.mean(dtype=np.float64)), floor) ** -exponent
+
+
+def computed_cells(kept: Tensor, height: int, width: int, patch: int = 2) -> Tensor:
+    """Return which cells belong to tokens that are computed: (B, 1, h, w) float32, 1 or 0.
+
+    Args:
+        kept: (B, K) int64 from `kept_tokens`.
+        height: latent cells, a multiple of patch; so is width.
+        width: latent cells.
+        patch: latent cells a side that one token stands for.
+    """
+    import torch
+
+    rows, columns = height // patch, width // patch
+    tokens = torch.zeros(len(kept), rows * columns).scatter_(1, kept, 1.0).view(-1, 1, rows, columns)
+    return tokens.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)
+
+
+def figures(loss: Tensor, masks: Tensor, regions: Tensor, drift: Tensor | None, held: Tensor | None) -> Tensor:
+    """Return what is measured inside and outside of masks: (4, 2) float32, each the sum over images and their number.
+
+    In this order: the loss inside, the mean of loss weighed by the mask; the loss outside; the mean weight; and the
+    drift, by how far the prediction has moved from the untrained model's where it is held to that. An image counts
+    where it has such a part.
+
+    Args:
+        loss: (B, C, h, w), element by element.
+        masks: (B, 1, h, w) in [0, 1], the weights.
+        regions: (B, 2, h, w) in [0, 1]: inside and outside; 0 in images without a mask.
+        drift: (B, C, h, w), element by element; None where the untrained model has not predicted.
+        held: (B, 1, h, w) 0 or more: how strongly cells are held; None with drift.
+    """
+    import torch
+
+    loss, regions = loss.detach().mean(dim=1, keepdim=True), regions.to(loss.dtype)  # (B, 1, h, w), (B, 2, h, w)
+    areas = regions.sum(dim=(2, 3))  # (B, 2)
+    is_masked = areas.sum(dim=1, keepdim=True) > 0
+    parts = [_means((loss * regions).sum(dim=(2, 3)), areas)]
+    parts.append((torch.where(is_masked, masks.to(loss.dtype).mean(dim=(2, 3)), 0.0), is_masked))
+    if drift is not None and held is not None:
+        moved = (drift.detach().mean(dim=1, keepdim=True) * held).sum(dim=(2, 3))
+        parts.append(_means(moved, held.sum(dim=(2, 3))))
+    else:
+        parts.append((torch.zeros_like(parts[1][0]), torch.zeros_like(is_masked)))
+    values, counted = (torch.cat([part[i].to(loss.dtype) for part in parts], dim=1) for i in (0, 1))  # (B, 4)
+    return torch.stack([values.sum(dim=0), counted.sum(dim=0)], dim=1)
+
+
+def _means(sums: Tensor, areas: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sums / areas, 0 where there is no area, and where there is one."""
+    import torch
+
+    has_area = areas > 0
+    return torch.where(has_area, sums / torch.where(has_area, areas, 1.0), 0.0), has_area

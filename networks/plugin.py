@@ -280,8 +280,8 @@ def switched_off(network: nn.Module) -> Iterator[None]:
     """
     if not hasattr(network, "set_multiplier"):
         raise OptionError(
-            f"diff_output_preservation: {type(network).__name__} cannot be switched off for it, as it has no "
-            "set_multiplier. Leave the attribute out, or train another network."
+            f"diff_output_preservation, mask_prior_weight: {type(network).__name__} cannot be switched off for it, as "
+            "it has no set_multiplier. Leave it out, or train another network."
         )
     strength = getattr(network, "multiplier", 1.0)
     set_multiplier(network, 0.0)

@@ -26,6 +26,7 @@ LEVELS = {
     "library.losses": 2,
     "library.batch": 2,
     "library.metadata": 2,
+    "library.file_hashes": 2,
     "library.pages": 2,
     "library.progress": 2,
     "library.whole_file": 2,
@@ -36,6 +37,7 @@ LEVELS = {
     "library.dataset": 5,
     "networks": 5,
     "library.inspection": 6,
+    "library.mask_making": 6,
     "library.training": 7,
     "library.cli": 8,
 }

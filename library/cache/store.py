@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from library.cache import latents as entries
 from library.cache import text
 from library.cache.latents import CachedLatents
 from library.cache.text import Key, Outputs
-from library.masks import FULL, MaskKind, Sums
+from library.masks import MaskKind, Sums, to_array
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,15 @@ class LatentStore:
             mask = np.ascontiguousarray(mask[:, ::-1])
         return latents, mask
 
-    def mean_mask_weight(self) -> float | None:
-        """Return the mean weight of the samples that have a mask, in their first look; None if none has one.
+    def mask_weights(self, index: int) -> npt.NDArray[np.float32] | None:
+        """Return the mask (h, w) of a sample in its first look, in [0, 1], not mirrored; None: 1 everywhere.
 
         Raises: DataError.
         """
-        first = [looks[0] for looks in self._stored]
-        masked = {
-            id(stored.place): stored for stored in first if stored.mask_kind not in ("none", "padding")
-        }  # each entry once
-        masks = [
-            entries.read_mask(stored.place, stored.mask_kind) if isinstance(stored.place, Path) else stored.place.mask
-            for stored in masked.values()
-        ]
-        means = [mask.mean(dtype=np.float64) / FULL for mask in masks if mask is not None]
-        return float(np.mean(means)) if means else None
+        stored = self._stored[index][0]
+        place = stored.place
+        mask = entries.read_mask(place, stored.mask_kind) if isinstance(place, Path) else place.mask
+        return None if mask is None else to_array(mask)
 
 
 class TextStore:

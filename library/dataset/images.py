@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import struct
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -331,22 +328,6 @@ def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:
         image, sample, _ = of_sample(sample)
     sums = mask_in_bucket(image, sample.mask, looks.first_of(sample).transform)
     return None if sums is None else to_array(sums)
-
-
-def mean_mask_weight(samples: Iterable[Sample]) -> float | None:
-    """Return the mean weight of the samples that have a mask, each image counting once; None if none has one.
-
-    Every mask is decoded; where latents are cached, LatentStore.mean_mask_weight asks for less. Raises: DataError.
-    """
-    masked = {(sample.path, sample.transform, sample.mask): sample for sample in samples if sample.mask.is_given}
-    with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
-        weights = [each for each in pool.map(_mean_weight, masked.values()) if each is not None]
-    return sum(weights) / len(weights) if weights else None
-
-
-def _mean_weight(sample: Sample) -> float | None:
-    weights = read_mask_weights(sample)
-    return None if weights is None else float(weights.mean(dtype=np.float64))
 
 
 def augment_colour(pixels: Pixels, rng: random.Random) -> Pixels:

@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from library.batch import Batch, Share
 from library.cache.fill import to_images
 from library.cache.store import LatentStore, TextStore
-from library.dataset import captions, geometry, images, looks, placement, plan
+from library.dataset import captions, geometry, images, looks, mask_captions, placement, plan
 from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
+from library.dataset.weighing import Shown, weigh
 from library.errors import UserError
-from library.masks import Sums, kept_tokens, to_weights
+from library.masks import Sums
 
 if TYPE_CHECKING:
     DrawsDataset = Dataset["Batch | Failure"]
@@ -42,6 +43,7 @@ class LoaderSettings:
     process_index: int = 0
     num_processes: int = 1  # that share each batch
     token_reach: int | None = None  # latent cells, see masks.kept_tokens; None: all tokens are computed
+    prior_every: int = 0  # optimizer steps after which the untrained model predicts; 0: never, as in validation
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ class _Item:
     pixels: Pixels | None  # (H, W, 3)
     latents: Tensor | None  # (C, h, w)
     mask: Sums | None  # (h, w)
-    least: float  # weight of a cell of the mask, --mask_weight_min
     sizes: SizeConditioning
     weight: float = 1.0  # of its loss
 
@@ -107,25 +108,25 @@ class DrawnImages(DrawsDataset):
         texts = tuple(item.caption for item in items)
         pixels = [item.pixels for item in items if item.pixels is not None]
         latents = [item.latents for item in items if item.latents is not None]
-        masks = _stack_masks([(item.mask, item.least) for item in items])
-        prior, reach = self._settings.prior_loss_weight, self._settings.token_reach
+        prior, every = self._settings.prior_loss_weight, self._settings.prior_every
+        shown = [
+            Shown(sample.subset, item.mask, (prior if sample.is_reg else 1.0) * item.weight)
+            for sample, item in zip(samples, items, strict=True)
+        ]
+        is_due = every > 0 and draws[0].step % every == 0
+        weighed = weigh(shown, token_reach=self._settings.token_reach, prior_every=every if is_due else 0)
         return Batch(
             names=tuple(str(sample.path) for sample in samples),
             captions=texts,
             tokens=None if self._tokenize is None else self._tokenize(texts),
             images=to_images(pixels) if pixels else None,
             latents=torch.stack(latents) if latents else None,
-            masks=masks,
-            weights=torch.tensor(
-                [(prior if sample.is_reg else 1.0) * item.weight for sample, item in zip(samples, items, strict=True)],
-                dtype=torch.float32,
-            ),
             original_sizes=torch.tensor([item.sizes.original for item in items]),
             crop_top_lefts=torch.tensor([item.sizes.crop_top_left for item in items]),
             target_sizes=torch.tensor([item.sizes.target for item in items]),
             text=None if self._texts is None else self._texts.stacked(texts),
             preserved=_flags([sample.subset.diff_output_preservation for sample in samples]),
-            kept_tokens=None if masks is None or reach is None else kept_tokens(masks, reach),
+            **vars(weighed),
         )
 
     def _item(self, draw: Draw) -> _Item:
@@ -136,6 +137,7 @@ class DrawnImages(DrawsDataset):
         if self.store is None:
             image, sample, weight = images.of_sample(sample, seed=f"{seed} {draw.epoch} {draw.repeat}")
         is_masked = looks.is_shown_masked(sample, plan.rng(seed, draw, f"{name} mask"))
+        is_whole = image is not None and sample.give is not None and image.alpha is None  # a class may give no mask
         caption = captions.compose(
             sample.captions,
             sample.subset,
@@ -143,6 +145,7 @@ class DrawnImages(DrawsDataset):
             epoch=draw.epoch,
             step=draw.step,
             max_train_steps=self._settings.max_train_steps,
+            left_out=mask_captions.left_out(sample) if is_masked and not is_whole else captions.NO_TAGS,
         )
         face = None if self.store is not None else geometry.face_in_name(sample.path)
         choices = looks.looks_of(sample)
@@ -152,38 +155,24 @@ class DrawnImages(DrawsDataset):
         if self.store is None and sample.subset.random_placement:
             placed_by = plan.rng(seed, draw, f"{looks.seed_of(sample.path)} placement")
             transform = placement.draw(transform, sample.subset, placed_by, sample.region)
-        least = sample.subset.mask_weight_min
         sizes = geometry.size_conditioning(transform)
         if image is None:
             assert self.store is not None
             latents, mask = self.store.get(draw.sample, flip=transform.flip, look=number)
             if sample.mask.is_given and not is_masked:
                 mask = images.shrunk(None, transform)
-            return _Item(caption, None, latents, mask, least, sizes)
+            return _Item(caption, None, latents, mask, sizes)
         mask_pixels = images.mask_of(image, sample.mask, transform.source) if is_masked else None
         seen = images.see(image, mask_pixels, replace(look, transform=transform), sample.path)
         pixels = seen.pixels
         if sample.subset.color_aug:
             pixels = images.augment_colour(pixels, plan.rng(seed, draw, f"{name} colour"))
-        return _Item(caption, pixels, None, seen.mask, least, sizes, weight)
+        return _Item(caption, pixels, None, seen.mask, sizes, weight)
 
 
 def _flags(values: Sequence[bool]) -> Tensor | None:
     """Return (B,) bool, or None if all are false, which is thereby known without asking the device."""
     return torch.tensor(values) if any(values) else None
-
-
-def _stack_masks(masks: Sequence[tuple[Sums | None, float]]) -> Tensor | None:
-    """Return the weights (B, 1, h, w) of a batch, 1 where an image has no mask; None if none has one.
-
-    Args:
-        masks: of each image, and the least weight that its mask gives.
-    """
-    shape = next((mask.shape for mask, _ in masks if mask is not None), None)
-    if shape is None:
-        return None
-    white = torch.ones(1, *shape)
-    return torch.stack([white if mask is None else to_weights(mask, least) for mask, least in masks])
 
 
 class BatchLoader(DataLoader[Any]):

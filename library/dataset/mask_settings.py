@@ -22,6 +22,8 @@ ACTING_ON_MASKS = (
     "mask_dilate",
     "mask_feather",
     "mask_weight_min",
+    "mask_area_norm",
+    "mask_prior_weight",
     "unmasked_probability",
 )
 
@@ -52,11 +54,13 @@ def check(place: str, subset: SubsetConfig) -> None:
 
 def warn_of_idle(subsets: Iterable[SubsetConfig], samples: Iterable[Sample]) -> None:
     """Warn of settings that act on masks where no image of the run has one."""
-    if any(sample.mask.kind != "none" for sample in samples):
-        return
+    kinds = {sample.mask.kind for sample in samples}
+    idle = set() if kinds - {"none", "padding"} else {*ACTING_ON_MASKS}
+    if "padding" in kinds:
+        idle -= {"mask_fill"}  # it fills the canvas that placed images leave free
     for subset in subsets:
         plain = type(subset)(subset.image_dir)
-        for name in ACTING_ON_MASKS:
+        for name in sorted(idle, key=ACTING_ON_MASKS.index):
             if getattr(subset, name) != getattr(plain, name):
                 log.warning("%s: %s has no effect: no image has a mask", subset.source, name)
 
@@ -65,7 +69,7 @@ def warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
     """Warn of --mask_token_drop where every part of every image is learnt."""
     if reach is None:
         return
-    masked = [sample for sample in samples if sample.mask.kind != "none"]
+    masked = [sample for sample in samples if sample.mask.kind != "none"]  # the canvas round placed images counts
     if not masked:
         log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
     elif all(sample.subset.mask_weight_min for sample in masked):
@@ -83,3 +87,9 @@ def read_first_label_maps(samples: Iterable[Sample]) -> None:
         if path is not None and labels and subset not in seen:
             seen.add(subset)
             images.decode_mask(images.read_bytes(path), path, labels)
+
+
+def warn_of_idle_prior(every: int, samples: Iterable[Sample]) -> None:
+    """Warn of --mask_prior_every where nothing is held to the untrained model."""
+    if every > 1 and not any(sample.subset.mask_prior_weight and sample.mask.kind != "none" for sample in samples):
+        log.warning("--mask_prior_every has no effect: no image with a mask has a mask_prior_weight")

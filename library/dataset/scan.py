@@ -9,11 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dataset import captions, faults, files, framing, metadata_file, pairing, placement, regions, split
+from library.dataset import (
+    captions,
+    faults,
+    files,
+    framing,
+    mask_captions,
+    metadata_file,
+    pairing,
+    placement,
+    regions,
+    shares,
+    split,
+)
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
 from library.dataset.geometry import Box, Size, Transform
-from library.dataset.problems import Joint, Problem, listed
+from library.dataset.problems import Problem, listed
 from library.errors import DataError, OptionError
 from library.masks import MaskSource
 
@@ -22,6 +34,7 @@ if TYPE_CHECKING:
 
 NO_MASK = MaskSource("none")
 Lines = tuple[str, ...]  # of a caption
+Written = dict[Path, Lines | DataError | None]  # captions as the files say, by image
 
 
 @dataclass(frozen=True)
@@ -81,47 +94,24 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
             findings.error(folder, message, "only-regularisation")
     findings.problems += faults.surplus_masks(findings.mask_folders, findings.stems, findings.problems)
     findings.problems += framing.cut_off(sample for samples in found for sample in samples)
-    samples, validation = _divided(found, findings)
+    samples, validation, shared = shares.divide(found)
+    findings.problems += shared
+    findings.problems += mask_captions.problems([*samples, *validation])
     problems = tuple(dict.fromkeys(findings.problems))  # two datasets may share a folder
     return Scan(tuple(samples), problems, tuple(validation))
-
-
-def _divided(datasets: Sequence[Sequence[Sample]], findings: _Findings) -> tuple[list[Sample], list[Sample]]:
-    """Return the samples to be trained on, balanced, and those held back.
-
-    An image that is held back anywhere is trained on nowhere, whatever way its folder is named in another subset.
-    """
-    validation = [sample for samples in datasets for sample in samples if sample.is_validation]
-    if not validation:
-        return [sample for samples in datasets for sample in split.balanced(samples)], []
-    folders = {folder: folder.resolve() for folder in {s.path.parent for samples in datasets for s in samples}}
-
-    def identity(sample: Sample) -> Path:
-        path = folders[sample.path.parent] / sample.path.name
-        return path.resolve() if path.is_symlink() else path
-
-    held = {identity(sample) for sample in validation}
-    trained: list[Sample] = []
-    for samples in datasets:
-        trained += split.balanced([sample for sample in samples if identity(sample) not in held])
-    shared = {s.path for samples in datasets for s in samples if identity(s) in held and not s.is_validation}
-    for path in sorted(shared):
-        joint = Joint("images are held back for validation in one subset, so others do not train on them", path.name)
-        message = f"{path}: held back for validation in one subset, so no other trains on it."
-        findings.problems.append(Problem("warning", path, message, joint, "validation-shared"))
-    return trained, validation
 
 
 def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, findings: _Findings) -> list[Sample]:
     """Return the subset's samples, with its own number of repeats."""
     scan_source = _scan_folder if subset.metadata_file is None else _scan_metadata_file
     try:
-        headers, texts = scan_source(subset, findings)
+        headers, written = scan_source(subset, findings)
     except DataError as error:
         findings.failure(subset.source, error, "source-unreadable")
         return []
     readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
+    texts = _captions(written | _beside_masks(masks, subset, findings), subset, findings)
     boxes = regions.of_subset(subset, masks, {image: headers[image].size for image in masks}, findings.problems)
     held = split.held_back(readable, subset.validation_split, subset.validation_seed)
     if subset.validation_split and readable and len(held) in (0, len(readable)):
@@ -149,7 +139,7 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
     ]
 
 
-def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
+def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], Written]:
     """Return headers and captions of the images in the subset's folder. Raises: DataError if it is not there."""
     images = files.list_images(subset.image_dir)
     if not images:
@@ -157,14 +147,16 @@ def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, 
         return {}, {}
     known = files.load_info(subset.image_dir) if subset.cache_info else {}
     headers = _headers(images, findings, known)
-    written = files.read_all(partial(captions.read, subset=subset), list(headers))
-    texts = _captions(dict(zip(headers, written, strict=True)), subset, findings)
+    found = files.read_all(partial(captions.read, subset=subset), list(headers))
+    written: Written = dict(zip(headers, found, strict=True))
     if subset.cache_info and known != headers:
-        files.save_info(subset.image_dir, headers, {image: "\n".join(lines) for image, lines in texts.items()})
-    return headers, texts
+        kept = {image: lines or (subset.class_tokens or "",) for image, lines in written.items()}
+        texts = {image: "\n".join(lines) for image, lines in kept.items() if not isinstance(lines, DataError)}
+        files.save_info(subset.image_dir, headers, texts)
+    return headers, written
 
 
-def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
+def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], Written]:
     """Return headers and captions of the images in the subset's metadata file. Raises: DataError if there are none."""
     file = subset.source
     content = metadata_file.read(file, subset)
@@ -182,7 +174,7 @@ def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict
         message = f"{file}: image_size of {len(outdated)} images is not the file's own, which is used: "
         message += f"{listed(outdated)}."
         findings.problems.append(Problem("warning", file, message, code="metadata-size"))
-    return headers, _captions({path: entries[path].captions for path in headers}, subset, findings)
+    return headers, {path: entries[path].captions for path in headers}
 
 
 def _has_size(header: Header, size: Size | None) -> bool:
@@ -207,9 +199,17 @@ def _headers(
     return {path: findings.headers[path] for path in paths if path in findings.headers}
 
 
-def _captions(
-    written: Mapping[Path, Lines | DataError | None], subset: SubsetConfig, findings: _Findings
-) -> dict[Path, Lines]:
+def _beside_masks(masks: Mapping[Path, MaskSource], subset: SubsetConfig, findings: _Findings) -> Written:
+    """Return the captions that replace those of the images whose masks have one beside them."""
+    if not subset.mask_captions:
+        return {}
+    found: Written = dict(mask_captions.beside(masks, subset))
+    if not found and any(mask.path is not None for mask in masks.values()):
+        findings.problems.append(mask_captions.nothing_beside(masks, subset))
+    return found
+
+
+def _captions(written: Written, subset: SubsetConfig, findings: _Findings) -> dict[Path, Lines]:
     texts: dict[Path, Lines] = {}
     without: list[Path] = []
     for image, lines in written.items():

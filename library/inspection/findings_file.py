@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.dataset import captions, summary
+from library.dataset import captions, mask_captions, summary
 from library.dataset.problems import Problem
 from library.dataset.scan import Scan
 from library.errors import DataError
@@ -60,7 +60,7 @@ def _image(looked: Looked) -> dict[str, Any]:
         "dataset": sample.dataset,
         "subset": sample.subset.index,
         "size": list(sample.transform.source),
-        "caption": captions.preview(sample.captions, sample.subset),
+        "caption": captions.preview(sample.captions, sample.subset, mask_captions.left_out(sample)),
         "is_reg": sample.is_reg,
         "num_repeats": sample.num_repeats,
         "bucket": list(sample.transform.target),

@@ -126,9 +126,9 @@ def _of_coverage(looked: Looked, mask: MaskFacts, coverage: Coverage) -> Problem
     if code:
         kind = "mask" if sample.mask.kind == "file" else "alpha channel"
         path = _path(sample)
-        joint = Joint(joined, path.name, "Inverted? White is learnt." if code == "mask-inverted" else "")
+        together = Joint(joined, path.name, "Inverted? White is learnt." if code == "mask-inverted" else "")
         message = f"{path}: the {kind} {text}"
-        return Problem("warning", path, message, joint, code, KINDS[code].remedy, _about(sample))
+        return Problem("warning", path, message, together, code, KINDS[code].remedy, _about(sample))
     return _details(looked, mask, coverage)
 
 

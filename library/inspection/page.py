@@ -77,7 +77,7 @@ def _tiles(scene: Scene, problems: Sequence[Problem]) -> list[tuple[str, str]]:
     tiles = [("Images", f"{len(scene.samples):,}"), ("With a mask", f"{len(masked):,}")]
     mean = mean_weight(scene.looked)
     tiles += [("Learnt of these", f"{mean:.0%}")] if mean is not None else []
-    counts = Counter(problem.severity for problem in problems)
+    counts = Counter[str](problem.severity for problem in problems)
     return tiles + [(PLURAL[severity].capitalize(), f"{counts[severity]:,}") for severity in SEVERITIES]
 
 

@@ -10,8 +10,8 @@ from library.dataset.problems import Problem, listed
 from library.inspection.kinds import found
 from library.inspection.scene import Scene
 
-OF_MASKS = ("mask_fill", "mask_labels", "mask_invert", "mask_erode", "mask_dilate", "mask_feather", "mask_weight_min")
-OF_MASKS += ("mask_area_norm", "unmasked_probability", "mask_prior_weight", "mask_drop_tags", "mask_captions")
+OF_MASKS: tuple[str, ...] = ("mask_fill", "mask_labels", "mask_invert", "mask_erode", "mask_dilate", "mask_feather")
+OF_MASKS += ("mask_weight_min", "mask_area_norm", "unmasked_probability", "mask_prior_weight")
 OF_PLACEMENT = ("placement_scale", "placement_rotate", "placement_variants")
 DEFAULTS = {field.name: field.default for field in fields(SubsetConfig)}
 

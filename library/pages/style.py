@@ -3,9 +3,10 @@
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f27; --quiet: #5b6472; --line: #dfe3ea;
   --accent: #1f6feb; --faint: #8fb4ee; --rate: #9a6700;
-  --held-back: #b3362b; }
+  --held-back: #b3362b; --inside: #1a7f37; --outside: #8250df; }
 @media (prefers-color-scheme: dark) { :root { --page: #0f1218; --card: #181c25; --ink: #e7eaf0; --quiet: #9aa4b5;
-  --line: #2b3240; --accent: #6ea8ff; --faint: #3d5f94; --rate: #e0b050; --held-back: #ff8a7a; } }
+  --line: #2b3240; --accent: #6ea8ff; --faint: #3d5f94; --rate: #e0b050; --held-back: #ff8a7a;
+  --inside: #4ac26b; --outside: #c297ff; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
@@ -18,7 +19,7 @@ h3 { margin: 0; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }
 p { margin: 0 0 12px; }
 .kind, .quiet, figcaption, .legend { color: var(--quiet); font-size: .875rem; }
 .kind { margin: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 0 0 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 0 0 20px; }
 .tiles div, section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .tiles div { padding: 12px 16px; }
 dt { color: var(--quiet); font-size: .8125rem; }
@@ -40,6 +41,19 @@ figcaption { margin-top: 6px; }
 .raw { stroke: var(--faint); stroke-width: 1; }
 .smooth { stroke: var(--accent); stroke-width: 2.5; }
 .validation { stroke: var(--held-back); stroke-width: 2; }
+.line.inside, .key.inside { stroke: var(--inside); border-color: var(--inside); stroke-width: 2.5; }
+.line.outside, .key.outside { stroke: var(--outside); border-color: var(--outside); stroke-width: 2.5; }
+.line.drift { stroke: var(--rate); stroke-width: 2.5; }
+.line.each { stroke-width: 1; opacity: .35; }
+.line.dashed { stroke-width: 2; stroke-dasharray: 7 6; }
+.key.outside, .key.dashed { margin-left: 14px; }
+.key.dashed { border-top: 2px dashed var(--quiet); }
+.bars { display: grid; grid-template-columns: minmax(0, max-content) 1fr max-content; gap: 4px 12px;
+  align-items: center; margin: 0 0 16px; font-size: .8125rem; font-variant-numeric: tabular-nums; }
+.bars dt, .bars dd { font-size: .8125rem; font-weight: 400; }
+.bars dt { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 260px; }
+.bars .track { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; }
+.bars .track span { display: block; height: 100%; background: var(--inside); }
 .rate { stroke: var(--rate); stroke-width: 2; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .tick, .axis { fill: var(--quiet); font-size: 12px; font-variant-numeric: tabular-nums; }

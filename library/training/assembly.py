@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from library.dataset.plan import RunPlan, validation_batches
+from library.dataset.plan import RunPlan
 from library.errors import CheckpointError
 from library.training import (
     changes,
@@ -26,6 +26,7 @@ from library.training import (
     schedules,
     shards,
     state,
+    watching,
 )
 from library.training import data as training_data
 from library.training.data import Data, Stores
@@ -33,19 +34,15 @@ from library.training.ema import Average
 from library.training.file_metadata import FileMetadata, Hashes
 from library.training.loop import Run
 from library.training.metrics import LossHistory, LossReader
-from library.training.painting import Drawing
 from library.training.precision import Precision
 from library.training.prompts import SamplePrompt
-from library.training.sampling import Sampler
 from library.training.saving import Saver, save_dtype
 from library.training.state import Contents, Manifest, Resumed
 from library.training.states import StateSaver
 from library.training.step import Step
 from library.training.trackers import Trackers
-from library.training.validation import Validator, timesteps_of
 
 if TYPE_CHECKING:
-    from library.batch import Batch
     from library.models.family import ModelFamily, Parts
     from library.options import Options
     from library.options.hub import HubOptions
@@ -194,13 +191,15 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
         learning_rates=lambda: learning_rates(optimizer, descriptions),
         saver=saver,
         states=states,
-        sampler=make_sampler(setting, loaded, trained),
-        validator=make_validator(setting, stores, accelerator.unwrap_model(step), latents_of),
+        sampler=watching.make_sampler(setting, loaded, trained),
+        validator=watching.make_validator(setting, stores, accelerator.unwrap_model(step), latents_of),
         trackers=setting.trackers,
         history=history,
         average=average,
         steps_done=setting.steps_done,
-        reader=LossReader(accelerator.reduce if accelerator.num_processes > 1 else None),
+        reader=LossReader(
+            accelerator.reduce if accelerator.num_processes > 1 else None, has_masks=setting.checked.data.has_masks
+        ),
     )
 
 
@@ -273,9 +272,10 @@ def publishers(uploads: Uploads | None, options: HubOptions) -> tuple[Publish, P
 def make_trainee(setting: Setting, parts: Parts) -> Trainee:
     """Return what is trained, ready on the device."""
     trained = setting.checked.method.trainee(setting, parts)
-    if any(sample.subset.diff_output_preservation for sample in setting.checked.data.all_samples):
+    users = setting.checked.data.users_of_untrained
+    if users:
         with trained.untrained():  # what cannot be switched off is refused here, not in the middle
-            log.info("diff_output_preservation: batches with such images predict twice")
+            log.info("%s: batches with such images predict twice", " and ".join(users))
     return trained
 
 
@@ -307,59 +307,6 @@ def state_writer(setting: Setting, live: Live) -> Callable[[Path, int, int], Non
                 state.write(folder, manifest, contents)
 
     return write
-
-
-def make_sampler(setting: Setting, loaded: Loaded, trained: Trainee) -> Sampler | None:
-    """Return what draws previews, None where none are wanted."""
-    options, formats = setting.options, setting.checked.precision
-    return Sampler.from_options(
-        setting.checked.prompts,
-        options.sampling,
-        options.saving,
-        setting.family,
-        loaded.parts,
-        setting.accelerator.device,
-        (setting.accelerator.process_index, setting.accelerator.num_processes),
-        Drawing(
-            autocast_dtype=formats.autocast,
-            prediction_type=setting.family.prediction_type,
-            zero_terminal_snr=options.noise.zero_terminal_snr,
-            modules=trained.modules,
-            texts=None if loaded.texts is None else loaded.texts.prompts,
-        ),
-    )
-
-
-def make_validator(
-    setting: Setting, stores: Stores, step: Step, latents_of: Callable[[Batch], Tensor]
-) -> Validator | None:
-    """Return what measures the loss on the images that are held back, None where there are none."""
-    options, data, accelerator = setting.options, setting.checked.data, setting.accelerator
-    if not data.validation:
-        return None
-    wanted = options.validation
-    batches = validation_batches(
-        data.configs,
-        data.validation,
-        first_index=len(data.samples),
-        limit=wanted.max_validation_steps,
-        step=setting.max_train_steps,
-    )
-    numbers = range(accelerator.process_index, len(batches), accelerator.num_processes)
-    own = [batches[number] for number in numbers]
-    seed = setting.plan.seed if wanted.validation_seed is None else wanted.validation_seed
-    loader = training_data.load_validation(data, options, own, seed, stores, setting.family, setting.max_train_steps)
-    return Validator(
-        accelerator=accelerator,
-        step=step,
-        latents_of=latents_of,
-        batches=loader,
-        numbers=numbers,
-        timesteps=timesteps_of(options.noise),
-        seed=seed,
-        every_n_epochs=wanted.validate_every_n_epochs or 1,
-        every_n_steps=wanted.validate_every_n_steps,
-    )
 
 
 def compile_blocks(parts: Parts, backend: str) -> None:

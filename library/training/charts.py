@@ -49,6 +49,59 @@ def rate_chart(rates: Sequence[tuple[int, float]]) -> str:
     return plot.svg([("rate", points)], label, "step", "")
 
 
+def region_chart(
+    inside: Sequence[tuple[int, float]],
+    outside: Sequence[tuple[int, float]],
+    held_back: tuple[Sequence[tuple[int, float]], Sequence[tuple[int, float]]] = ((), ()),
+) -> str:
+    """Return the SVG of the losses inside and outside of masks: every step thin, smoothed thick.
+
+    Args:
+        inside: (step, loss), steps rising; losses that are no numbers are left out.
+        outside: likewise.
+        held_back: both of images that are held back, dashed.
+    """
+    raw = [_points(each) for each in (inside, outside)]
+    smooth = [smoothed(each) for each in raw]
+    dashed = [_points(each) for each in held_back]
+    everything = [point for each in (*raw, *dashed) for point in each]
+    if not everything:
+        return ""
+    steps = [x for x, _ in everything]
+    highest = max(y for each in (*smooth, *dashed) for _, y in each)
+    ceiling = max(highest * 1.05, quantile([y for _, y in everything], 0.99))
+    names = "inside", "outside"
+    told = [
+        f"{name} {_number(each[0][1])} at first, {_number(each[-1][1])} at last"
+        for name, each in zip(names, smooth, strict=True)
+        if each
+    ]
+    plot = Plot((min(steps), max(steps)), (min(y for _, y in everything), ceiling), HEIGHT, "loss")
+    kinds = [f"{kind}{name}" for kind in ("each ", "", "dashed ") for name in names]
+    lines = [(kind, each) for kind, each in zip(kinds, [*raw, *smooth, *dashed], strict=True) if each]
+    return plot.svg(lines, f"Loss inside and outside of the masks: {'; '.join(told)}.", "step", "")
+
+
+def drift_chart(drifts: Sequence[tuple[int, float]], steps: tuple[int, int]) -> str:
+    """Return the SVG of how far predictions are from the untrained model's outside of masks, low and wide.
+
+    Args:
+        drifts: (step, drift), steps rising.
+        steps: the first and the last of the axis, which is that of the chart above.
+    """
+    points = _points(drifts)
+    if not points:
+        return ""
+    smooth = smoothed(points)
+    label = f"Drift outside of the masks: {_number(smooth[0][1])} at first, {_number(smooth[-1][1])} at last."
+    plot = Plot((steps[0], steps[1]), (0.0, max(y for _, y in points) * 1.05), HEIGHT // 2, "drift outside")
+    return plot.svg([("each drift", points), ("drift", smooth)], label, "step", "")
+
+
+def _points(values: Sequence[tuple[int, float]]) -> list[Point]:
+    return [(float(step), value) for step, value in values if math.isfinite(value)]
+
+
 class Plot:
     """A plot area: where values lie on the page."""
 
@@ -67,7 +120,7 @@ class Plot:
 
     def svg(self, lines: Sequence[tuple[str, Sequence[Point]]], label: str, x_name: str, note: str) -> str:
         """Return the chart; each line has a CSS class and points; label describes all of it in words."""
-        clip = f"clip-{lines[0][0]}"
+        clip = f"clip-{lines[0][0].replace(' ', '-')}"
         bottom = self.height - BOTTOM
         paths = "".join(
             f'<path class="line {kind}" clip-path="url(#{clip})" d="{self._path(points)}"/>' for kind, points in lines

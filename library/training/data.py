@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.dataset import config, cut_settings, latents, mask_settings, own_class, plan, problems, scan, texts
+from library.dataset import (
+    config,
+    cut_settings,
+    latents,
+    mask_settings,
+    mask_shares,
+    own_class,
+    plan,
+    problems,
+    scan,
+    texts,
+)
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
 from library.errors import OptionError
@@ -49,6 +60,22 @@ class Data:
         """Return both: the indices of latents are those of this list."""
         return self.samples + self.validation
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether any image has a mask, of those trained on."""
+        return any(sample.mask.kind != "none" for sample in self.samples)
+
+    @property
+    def users_of_untrained(self) -> tuple[str, ...]:
+        """The settings that compare images with what the models predicted before the training; none: it is not asked.
+
+        Validation holds nothing to it, but measures by the targets of training.
+        """
+        preserved = any(sample.subset.diff_output_preservation for sample in self.all_samples)
+        held = any(sample.subset.mask_prior_weight and sample.mask.kind != "none" for sample in self.samples)
+        names = {"diff_output_preservation": preserved, "mask_prior_weight": held}
+        return tuple(name for name, is_used in names.items() if is_used)
+
 
 @dataclass(frozen=True)
 class Stores:
@@ -77,8 +104,10 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
     _warn_of_doubts(configs, found)
     mask_settings.read_first_label_maps(found.samples + found.validation)
+    found = mask_shares.without_empty(found)
     mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
+    mask_settings.warn_of_idle_prior(options.masks.mask_prior_every, found.samples)
     cut_settings.warn_of_idle(
         [subset for each in configs for subset in each.subsets], is_cached=options.caching.cache_latents
     )
@@ -218,7 +247,8 @@ def load(
 ) -> BatchLoader:
     """Return the endless batches after steps_done, of each the part of this process (index, of how many)."""
     prior, reach = options.dataset.prior_loss_weight, options.masks.mask_token_drop
-    settings = LoaderSettings(run_plan.seed, max_train_steps, prior, *process, token_reach=reach)
+    every = options.masks.mask_prior_every
+    settings = LoaderSettings(run_plan.seed, max_train_steps, prior, *process, token_reach=reach, prior_every=every)
     images = drawn_images(data, settings, stores, family)
     batches = run_plan.batches(run_plan.first_batch_of(steps_done))
     num_workers = min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.errors import CheckpointError, OptionError
+from library.errors import CheckpointError
 from library.models import unet
 from library.models.family import Parts
 from library.models.whole_model import FOLDERS
@@ -63,6 +64,8 @@ class FullModel:
             setting.plan.steps_per_epoch,
             setting.steps_done,
         )
+        if setting.checked.data.users_of_untrained:
+            made.keep_untrained(setting.checked.precision.autocast)
         if options.training.gradient_checkpointing:
             family.enable_gradient_checkpointing(
                 parts, made.is_text_trained, is_offloaded=options.training.cpu_offload_checkpointing
@@ -144,6 +147,7 @@ class FullTrainee:
     steps_per_epoch: int
     steps_done: int = 0
     _trained: list[nn.Parameter] | None = field(default=None, init=False, repr=False)
+    _untrained: Parts | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Let the weights learn."""
@@ -228,9 +232,22 @@ class FullTrainee:
     def before_batch(self) -> None:
         """Return at once: nothing is due."""
 
-    def untrained(self) -> AbstractContextManager[None]:
-        """Refuse: the models as they were are not there any more. Raises: OptionError."""
-        return _refused()
+    def keep_untrained(self, autocast: torch.dtype | None) -> None:
+        """Keep the models as they are now, beside those that learn; to be called before they do.
+
+        Args:
+            autocast: what most of the arithmetic is done in; None: float32 throughout.
+        """
+        before = {id(model): frozen_copy(model, autocast) for model in self.modules}
+        encoders = tuple(before.get(id(encoder), encoder) for encoder in self.parts.text_encoders)
+        self._untrained = replace(self.parts, denoiser=before[id(self.parts.denoiser)], text_encoders=encoders)
+        num_bytes = sum(weight.nbytes for model in before.values() for weight in model.parameters())
+        log.info("the models as they are before the training are kept beside them: %.2f GB", num_bytes / 1e9)
+
+    def untrained(self) -> AbstractContextManager[Parts | None]:
+        """Return a context whose value are the models as `keep_untrained` found them."""
+        assert self._untrained is not None, "kept where the data asks for it"
+        return nullcontext(self._untrained)
 
     def before_update(self) -> dict[str, Tensor]:
         """Return nothing: no norms are watched."""
@@ -285,10 +302,18 @@ class FullTrainee:
             yield f"{TEXT_ENCODER}{index + 1}", model
 
 
-@contextmanager
-def _refused() -> Iterator[None]:
-    raise OptionError(
-        "diff_output_preservation needs the model as it was beside the trained one, which full fine-tuning does not "
-        "keep. Train a network (train_network.py), or leave it out of the dataset config."
-    )
-    yield
+def frozen_copy(model: nn.Module, autocast: torch.dtype | None) -> nn.Module:
+    """Return a copy of a model, in evaluation mode, that does not learn; its weights stay as they are now.
+
+    Layers whose weights are cast at each use anyway are kept as cast: half the memory, and no bit of what comes out
+    changes.
+
+    Args:
+        model: to be copied.
+        autocast: what their weights are cast to; None: they are not.
+    """
+    made = copy.deepcopy(model).requires_grad_(False).eval()
+    for layer in made.modules():
+        if autocast is not None and isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.to(autocast)
+    return made

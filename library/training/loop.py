@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from library.errors import DataError
 from library.progress import progress
 from library.training import distribution, draws, interrupts, optimizers, schedules, shards
-from library.training.metrics import LossHistory, LossReader, LossRecord, StepLosses, ValidationRecord
+from library.training.metrics import LossHistory, LossReader, LossRecord, MaskFigures, StepLosses, ValidationRecord
+from library.training.step import Losses
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -128,24 +129,26 @@ def save_what_is_done(run: Run) -> None:
 def train_steps(run: Run, stop: interrupts.StopRequest) -> Place:
     """Train until max_train_steps, or the step after a request to stop; return the place of the last batch."""
     losses: list[Tensor] = []
+    figures: list[Tensor] = []
     names: list[str] = []
     place = None
     with progress(label="steps", total=run.max_train_steps, unit="step", initial=run.steps_done) as bar:
         for place, batch in zip(places(run.plan, run.max_train_steps, run.steps_done), run.batches, strict=False):
-            per_image = backward(run, batch, place)
+            per_image, measured = backward(run, batch, place)
             is_idle = batch.share is not None and batch.share.is_idle
             losses.append(per_image[:0] if is_idle else per_image)
+            figures += [] if is_idle or measured is None else [measured]
             names.extend(() if is_idle else batch.names)
             if not place.is_update:
                 continue
             extras = update(run, losses)
-            measured = StepLosses(
-                place.step, place.epoch, losses, tuple(names), run.learning_rates(), extras, stop.is_set
+            ended = StepLosses(
+                place.step, place.epoch, losses, tuple(names), run.learning_rates(), extras, stop.is_set, figures
             )
-            report(run, run.reader.push(measured))
-            losses, names = [], []
+            report(run, run.reader.push(ended))
+            losses, figures, names = [], [], []
             bar.update()
-            bar.set_postfix(avr_loss=run.history.average, refresh=False)
+            bar.set_postfix(avr_loss=run.history.average, **masked_averages(run.history), refresh=False)
             if run.is_stop_wanted:  # read with the losses, so that all processes stop after the same step
                 break
             after_step(run, place)
@@ -153,17 +156,23 @@ def train_steps(run: Run, stop: interrupts.StopRequest) -> Place:
     return place
 
 
-def backward(run: Run, batch: Batch, place: Place) -> Tensor:
-    """Add the gradient of one micro-batch; return its losses (B,), still on the device."""
+def masked_averages(history: LossHistory) -> dict[str, float]:
+    """Return the mean losses inside and outside of the masks over the last epoch's worth of steps, where measured."""
+    found = {"inside": history.inside, "outside": history.outside}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def backward(run: Run, batch: Batch, place: Place) -> Losses:
+    """Add the gradient of one micro-batch; return what it measured, still on the device."""
     batch = batch.to(run.accelerator.device)
     draws.seed_batch(run.plan.seed, place.position)
     run.trainee.before_batch()
     with distribution.gradients_of(run.accelerator, run.step, is_update=place.is_update):
-        per_image: Tensor = run.step(batch, run.latents_of(batch))
+        per_image, figures = run.step(batch, run.latents_of(batch))
         # as sd-scripts: a short last group of an epoch is divided by the full accumulation too
         mean = per_image.mean() if batch.share is None else batch.share.mean(per_image)
         distribution.backward(run.accelerator, mean / run.plan.gradient_accumulation_steps)
-    return per_image.detach()  # a loss that is kept must not keep its graph
+    return Losses(per_image.detach(), figures)  # a loss that is kept must not keep its graph
 
 
 def update(run: Run, losses: list[Tensor]) -> dict[str, Tensor]:
@@ -238,16 +247,22 @@ def validate(run: Run, place: Place, epoch: int | None) -> None:
     """Measure the loss on the images held back, in evaluation mode; epoch is the one that ends, if one does."""
     assert run.validator is not None
     with run.history.paused(), evaluating(run):
-        loss = run.validator.run()
-    record = ValidationRecord(place.step, place.epoch, loss, run.history.average)
+        loss, figures = run.validator.run()
+    record = ValidationRecord(place.step, place.epoch, loss, run.history.average, figures)
     run.history.validations.append(record)
     log.info(
-        "validation after step %d: loss %.4f, training %.4f (%+.4f)",
-        *(record.step, record.loss, record.training_loss, record.divergence),
+        "validation after step %d: loss %.4f, training %.4f (%+.4f)%s",
+        *(record.step, record.loss, record.training_loss, record.divergence, in_words(figures)),
     )
     run.trackers.log_validation(
         record, is_step_due=run.validator.is_step_due(place.step), is_epoch_due=run.validator.is_epoch_due(epoch)
     )
+
+
+def in_words(figures: MaskFigures | None) -> str:
+    """Return what was measured inside and outside of masks as the end of a line."""
+    found = {} if figures is None else {"inside the masks": figures.inside, "outside": figures.outside}
+    return "".join(f", {name} {value:.4f}" for name, value in found.items() if value is not None)
 
 
 @contextmanager
@@ -267,5 +282,5 @@ def report(run: Run, records: Iterable[LossRecord]) -> None:
     """Take losses that have reached the host into the curve and the trackers."""
     for record in records:
         run.history.add(record)
-        run.trackers.log_step(record, run.history.average)
+        run.trackers.log_step(record, run.history.average, masked_averages(run.history))
         run.is_stop_wanted = run.is_stop_wanted or record.is_stop_wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,32 @@ from torch import Tensor
 
 from library.errors import UserError
 
+NUM_FIGURES = 8  # a sum and a number of images for each row of masks.figures
+
 
 class LossError(UserError):
     """The loss of a step is not a finite number."""
+
+
+@dataclass(frozen=True)
+class MaskFigures:
+    """What was measured inside and outside of masks: means over the images that have such a part."""
+
+    inside: float | None  # the loss where the masks are white; grey counts in part; before any weight of images
+    outside: float | None  # the loss where they are black
+    share: float  # the mean weight of a masked image's cells
+    drift: float | None = None  # how far predictions are from the untrained model's where they are held to it
+
+    @classmethod
+    def of_sums(cls, sums: Sequence[float]) -> MaskFigures | None:
+        """Return the means, from masks.figures row by row; None where no image had a mask."""
+        pairs = [sums[start : start + 2] for start in range(0, NUM_FIGURES, 2)]
+        inside, outside, share, drift = (total / number if number else None for total, number in pairs)
+        return None if share is None else cls(inside, outside, share, drift)
+
+    def as_plain(self) -> list[float | None]:
+        """Return it as values that JSON can hold; they are the constructor's arguments."""
+        return [self.inside, self.outside, self.share, self.drift]
 
 
 @dataclass(frozen=True)
@@ -30,6 +53,7 @@ class LossRecord:
     learning_rates: dict[str, float]
     extras: dict[str, float]  # what the trainee measured, such as norms
     is_stop_wanted: bool  # a process was asked to stop; all learn it with the same record
+    figures: MaskFigures | None = None  # None: no image of the step had a mask
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,7 @@ class ValidationRecord:
     epoch: int  # 1-based: that of the last step
     loss: float
     training_loss: float  # the mean over the last epoch's worth of steps
+    figures: MaskFigures | None = None  # None: no image that is held back has a mask
 
     @property
     def divergence(self) -> float:
@@ -58,27 +83,29 @@ class StepLosses:
     learning_rates: dict[str, float]
     extras: dict[str, Tensor]  # scalars
     is_stop_wanted: bool = False
+    figures: list[Tensor] = field(default_factory=list)  # (4, 2) a micro-batch with masks, see masks.figures
 
 
 @dataclass(frozen=True)
 class _Pending:
     measured: StepLosses
-    values: (
-        Tensor  # own losses; over all processes their sum, number and wishes to stop; extras: on the way to the host
-    )
+    # own losses; of all processes their sum, number, wishes to stop and figures; extras: on the way to the host
+    values: Tensor
     arrived: torch.cuda.Event | None
 
 
 class LossReader:
     """Brings losses to the host without making the device wait: each is read when the next one is pushed."""
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None, *, has_masks: bool = False) -> None:
         """Prepare a reader.
 
         Args:
             reduce: sums a tensor over the processes; None where there is one.
+            has_masks: whether any image of the run has a mask, of any process.
         """
         self._reduce = reduce
+        self._has_masks = has_masks
         self._pending: deque[_Pending] = deque()
 
     def push(self, measured: StepLosses) -> Iterator[LossRecord]:
@@ -87,6 +114,9 @@ class LossReader:
         # made on the device: a copy from ordinary host memory may wait for it
         counts = [losses.new_full((), number) for number in (len(measured.names), measured.is_stop_wanted)]
         total = torch.stack([losses.sum(), *counts])
+        if self._has_masks:
+            zeros = losses.new_zeros(NUM_FIGURES)  # where no image of the step has a mask
+            total = torch.cat([total, sum((each.reshape(-1) for each in measured.figures), zeros)])
         extras = [value.detach().float().reshape(1).to(losses.device) for value in measured.extras.values()]
         values = torch.cat([losses, self._reduce(total) if self._reduce else total, *extras])
         arrived = None
@@ -111,7 +141,8 @@ def _record(pending: _Pending) -> LossRecord:
     if pending.arrived is not None:
         pending.arrived.synchronize()  # a whole step old: it has long passed
     measured, values = pending.measured, pending.values.tolist()
-    own, (total, number, stops), extras = values[: (n := len(measured.names))], values[n : n + 3], values[n + 3 :]
+    own, (total, number, stops), rest = values[: (n := len(measured.names))], values[n : n + 3], values[n + 3 :]
+    num_figures = len(rest) - len(measured.extras)
     if not math.isfinite(total):
         raise LossError(_broken(measured, own))
     return LossRecord(
@@ -119,8 +150,9 @@ def _record(pending: _Pending) -> LossRecord:
         measured.epoch,
         total / number,
         measured.learning_rates,
-        dict(zip(measured.extras, extras, strict=True)),
+        dict(zip(measured.extras, rest[num_figures:], strict=True)),
         stops > 0,
+        MaskFigures.of_sums(rest[:num_figures]) if num_figures else None,
     )
 
 
@@ -135,6 +167,31 @@ def _broken(measured: StepLosses, losses: list[float]) -> str:
 
 
 @dataclass
+class Window:
+    """The mean of the last values, of which some may be missing."""
+
+    size: int
+    _recent: deque[float | None] = field(default_factory=deque)
+    _sum: float = 0.0
+    _count: int = 0
+
+    def add(self, value: float | None) -> None:
+        """Take a value, or that there is none, and let the oldest go."""
+        self._recent.append(value)
+        if value is not None:
+            self._sum += value
+            self._count += 1
+        if len(self._recent) > self.size and (gone := self._recent.popleft()) is not None:
+            self._sum -= gone
+            self._count -= 1
+
+    @property
+    def mean(self) -> float | None:
+        """The mean of the values; None without any."""
+        return self._sum / self._count if self._count else None
+
+
+@dataclass
 class LossHistory:
     """The curve so far, with the mean over the last epoch's window as the progress bar shows it."""
 
@@ -143,16 +200,20 @@ class LossHistory:
     validations: list[ValidationRecord] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)  # as time.monotonic tells it
     num_before: int = 0  # records that begin found
-    _recent: deque[float] = field(default_factory=deque)
-    _sum: float = 0.0
+    _losses: Window = field(init=False, repr=False)
+    _inside: Window = field(init=False, repr=False)
+    _outside: Window = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Make the windows."""
+        self._losses, self._inside, self._outside = (Window(self.window) for _ in range(3))
 
     def add(self, record: LossRecord) -> None:
         """Append a record."""
         self.records.append(record)
-        self._recent.append(record.loss)
-        self._sum += record.loss
-        if len(self._recent) > self.window:
-            self._sum -= self._recent.popleft()
+        self._losses.add(record.loss)
+        self._inside.add(None if record.figures is None else record.figures.inside)
+        self._outside.add(None if record.figures is None else record.figures.outside)
 
     def begin(self) -> None:
         """Count time and steps from now on."""
@@ -173,20 +234,24 @@ class LossHistory:
 
     def as_plain(self) -> list[Any]:
         """Return the records as values that JSON can hold."""
-        return [[r.step, r.epoch, r.loss, r.learning_rates, r.extras] for r in self.records]
+        return [[r.step, r.epoch, r.loss, r.learning_rates, r.extras, *_plain_figures(r.figures)] for r in self.records]
 
     def replay(self, plain: Iterable[Any]) -> None:
         """Take records that as_plain made, so that averages go on as if the run had not stopped."""
-        for step, epoch, loss, learning_rates, extras in plain:
-            self.add(LossRecord(step, epoch, loss, learning_rates, extras, is_stop_wanted=False))
+        for step, epoch, loss, learning_rates, extras, *more in plain:
+            figures = _figures(more)
+            self.add(LossRecord(step, epoch, loss, learning_rates, extras, is_stop_wanted=False, figures=figures))
 
     def validations_as_plain(self) -> list[Any]:
         """Return what was measured on held-back images as values that JSON can hold."""
-        return [[r.step, r.epoch, r.loss, r.training_loss] for r in self.validations]
+        return [[r.step, r.epoch, r.loss, r.training_loss, *_plain_figures(r.figures)] for r in self.validations]
 
     def replay_validations(self, plain: Iterable[Any]) -> None:
         """Take what validations_as_plain made."""
-        self.validations += [ValidationRecord(*values) for values in plain]
+        self.validations += [
+            ValidationRecord(step, epoch, loss, training_loss, _figures(more))
+            for step, epoch, loss, training_loss, *more in plain
+        ]
 
     @property
     def seconds(self) -> float:
@@ -196,9 +261,29 @@ class LossHistory:
     @property
     def average(self) -> float:
         """The mean loss over the last epoch's worth of steps; 0 before the first."""
-        return self._sum / len(self._recent) if self._recent else 0.0
+        return self._losses.mean or 0.0
+
+    @property
+    def inside(self) -> float | None:
+        """The mean loss inside of masks over the last epoch's worth of steps; None where none was measured."""
+        return self._inside.mean
+
+    @property
+    def outside(self) -> float | None:
+        """The mean loss outside of masks, likewise."""
+        return self._outside.mean
 
     def epoch_average(self, epoch: int) -> float:
         """The mean loss of one epoch; 0 if it has no record."""
         values = [record.loss for record in self.records if record.epoch == epoch]
         return sum(values) / len(values) if values else 0.0
+
+
+def _plain_figures(figures: MaskFigures | None) -> list[list[float | None]]:
+    """Return what stands at the end of a plain record: nothing where nothing was measured."""
+    return [] if figures is None else [figures.as_plain()]
+
+
+def _figures(plain: Sequence[Any]) -> MaskFigures | None:
+    """Return what `_plain_figures` made plain."""
+    return MaskFigures(*plain[0]) if plain else None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, UnidentifiedImageError
 
 from library.pages.parts import document, heading, pairs, picture, scrolled, table
+from library.training import report_masks
 from library.training.charts import loss_chart, rate_chart, smoothed
 from library.training.model_hashes import file_hashes
 from library.training.saving import FINAL_NAME, saved_file, size_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from library.metadata import DatasetFacts
     from library.options.groups import Options
     from library.options.saving import SavingOptions
+    from library.training.report_masks import Figures, Shares
     from library.training.sampling import Sample
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,9 @@ class ReportData:
     facts: Mapping[str, str] = field(default_factory=dict)  # base model, device, versions
     is_complete: bool = True  # False: stopped by Ctrl-C
     validations: Sequence[tuple[int, float]] = ()  # (optimizer step, loss on the images held back)
+    mask_shares: Shares = ()  # of the masked images, or of some of them
+    mask_figures: Figures = ()  # of the steps with masked images
+    validation_figures: Figures = ()  # of images held back that have masks
 
 
 def report_path(options: SavingOptions) -> Path:
@@ -63,7 +68,8 @@ def write_report(path: Path, data: ReportData) -> Path:
     sections = [
         ("Samples", _samples(data.samples)),
         ("Loss", _loss(data.losses, data.validations)),
-        ("Masks", _masks(data.mask_line, data.mask_sheet)),
+        ("Loss inside and outside of the masks", report_masks.curves(data.mask_figures, data.validation_figures)),
+        ("Masks", _masks(data.mask_line, data.mask_sheet, data.mask_shares)),
         ("Dataset", table(data.dataset)),
         ("Files", table(_file_rows(data.files))),
         ("Options that differ from their defaults", pairs(data.options)),
@@ -124,6 +130,7 @@ def _header(data: ReportData) -> str:
     if data.validations:
         first, last = data.validations[0][1], data.validations[-1][1]
         tiles.append(("Validation loss", f"{first:.3g} → {last:.3g}"))
+    tiles += report_masks.tiles(data.mask_figures)
     if data.seconds is not None:
         tiles.append(("Time", duration(data.seconds)))
     if data.step_s is not None:
@@ -175,8 +182,8 @@ def _loss(losses: Sequence[tuple[int, float, float]], validations: Sequence[tupl
     )
 
 
-def _masks(line: str | None, sheet: Path | None) -> str:
-    text = f"<p>{escape(line)}</p>" if line else ""
+def _masks(line: str | None, sheet: Path | None, shares: Shares) -> str:
+    text = (f"<p>{escape(line)}</p>" if line else "") + report_masks.share_bars(shares)
     if sheet is None:
         return text
     drawn = _picture(sheet, SHEET_SIDE, "Contact sheet: each training picture with its mask")

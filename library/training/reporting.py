@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
-from library.dataset import contact_sheet, images, summary
+from library.dataset import contact_sheet, mask_shares, summary
 from library.training import report
 from library.training.file_metadata import facts_of
 from library.training.saving import FINAL_NAME
 
 if TYPE_CHECKING:
     from library.cache.store import LatentStore
+    from library.dataset.mask_shares import MaskShare
     from library.metadata import DatasetFacts
     from library.options import Options
     from library.options.saving import SavingOptions
@@ -33,13 +34,21 @@ MOST_DECODED = 64  # masks looked at for the mean weight where they are not in a
 
 
 @dataclass(frozen=True)
+class MaskFacts:
+    """What the masks of a run let through."""
+
+    line: str
+    shares: Sequence[MaskShare]  # of each masked image, or of some
+
+
+@dataclass(frozen=True)
 class Reporter:
     """Collects what the report shows; writes nothing without --report."""
 
     options: Options
     data: Data
     facts: DatasetFacts
-    mask_line: str
+    masks: MaskFacts
     model_facts: Mapping[str, str]
 
     def write(self, run: Run, *, is_complete: bool) -> Path | None:
@@ -59,8 +68,11 @@ class Reporter:
             losses=[(r.step, r.loss, next(iter(r.learning_rates.values()), 0.0)) for r in records],
             validations=[(r.step, r.loss) for r in run.history.validations],
             samples=sorted(samples, key=lambda sample: (sample.step, sample.index)),
-            mask_line=self.mask_line,
+            mask_line=self.masks.line,
             mask_sheet=sheet,
+            mask_shares=[(each.sample.path.name, each.share) for each in self.masks.shares],
+            mask_figures=[(r.step, r.figures) for r in records if r.figures is not None],
+            validation_figures=[(r.step, r.figures) for r in run.history.validations if r.figures is not None],
             dataset=report.dataset_rows(self.facts),
             options=report.changed_options(self.options),
             files=run.saver.saved,
@@ -81,10 +93,10 @@ def sheet_path(options: SavingOptions) -> Path:
 def start(setting: Setting, store: LatentStore | None) -> Reporter:
     """Tell what the masks do, and return what will write the report."""
     data, options = setting.checked.data, setting.options
-    line = tell_masks(data, store) if setting.accelerator.is_main_process else ""
+    masks = tell_masks(data, store) if setting.accelerator.is_main_process else MaskFacts("", ())
     facts = machine_facts(setting.accelerator.device, setting.plan.seed)
     numbers = facts_of(options, data, setting.plan, setting.accelerator.num_processes)
-    return Reporter(options, data, numbers, line, facts)
+    return Reporter(options, data, numbers, masks, facts)
 
 
 def machine_facts(device: torch.device, seed: int) -> dict[str, str]:
@@ -107,26 +119,35 @@ def machine_facts(device: torch.device, seed: int) -> dict[str, str]:
     }
 
 
-def tell_masks(data: Data, store: LatentStore | None) -> str:
+def tell_masks(data: Data, store: LatentStore | None) -> MaskFacts:
     """Log and return how many masks of which source are in use, and what they let through."""
-    mean = mean_weight(data, store)
+    shares = shares_of(data, store)
+    mean = mean_share(shares)
     line = summary.mask_line(data.all_samples, mean_weight=mean)
     log.info("%s", line)
     if mean == 0:
         log.warning("the masks are black everywhere: nothing of their images is learnt. Are they inverted?")
-    return line
+    else:
+        empty = [share for share in shares if share.is_empty and not share.sample.subset.mask_weight_min]
+        mask_shares.warn_of_empty(empty, mask_shares.KEPT)
+    return MaskFacts(line, shares)
 
 
-def mean_weight(data: Data, store: LatentStore | None) -> float | None:
-    """Return the mean weight of the masked images; None without masks.
+def shares_of(data: Data, store: LatentStore | None) -> list[MaskShare]:
+    """Return what the masks let through.
 
     Cached masks are all read; otherwise some are decoded, spread over the data, because decoding all would delay the
     first step.
     """
     if store is not None:
-        return store.mean_mask_weight()
-    masked = [sample for sample in data.all_samples if sample.mask.kind != "none"]
-    return images.mean_mask_weight(masked[:: max(1, len(masked) // MOST_DECODED)])
+        return mask_shares.stored(data.all_samples, store)
+    masked = [sample for sample in data.all_samples if sample.mask.is_given]
+    return mask_shares.decoded(masked[:: max(1, len(masked) // MOST_DECODED)])
+
+
+def mean_share(shares: Sequence[MaskShare]) -> float | None:
+    """Return the mean weight of the masked images, each counting once; None without masks."""
+    return sum(each.share for each in shares) / len(shares) if shares else None
 
 
 def show_dataset(data: Data, options: SavingOptions) -> None:

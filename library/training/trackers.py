@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.options.logging import LoggingOptions
-    from library.training.metrics import LossRecord, ValidationRecord
+    from library.training.metrics import LossRecord, MaskFigures, ValidationRecord
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +114,19 @@ class Trackers:
                     tracker.finish()
         self.accelerator.trackers.clear()
 
-    def log_step(self, record: LossRecord, average: float) -> None:
-        """Log one optimizer step's losses and learning rates."""
+    def log_step(self, record: LossRecord, average: float, masked: Mapping[str, float] | None = None) -> None:
+        """Log one optimizer step's losses and learning rates.
+
+        Args:
+            record: of the step.
+            average: the mean loss over the last epoch's worth of steps.
+            masked: that inside and outside of the masks, where it is measured.
+        """
         values = {"loss/current": record.loss, "loss/average": average} | record.extras
+        values |= _regions("loss/", record.figures)
+        values |= {f"loss/{name}_average": value for name, value in (masked or {}).items()}
+        if record.figures is not None:
+            values["mask/share"] = record.figures.share
         values |= {f"lr/{name}": rate for name, rate in record.learning_rates.items()}
         self._log(values, record.step)
 
@@ -205,4 +215,13 @@ def _wandb_settings(given: Mapping[str, Any], key: str | None, folder: Path | st
 
 def _named(reason: str, record: ValidationRecord) -> dict[str, float]:
     names = f"loss/validation/{reason}_average", f"loss/validation/{reason}_divergence"
-    return dict(zip(names, (record.loss, record.divergence), strict=True))
+    values = dict(zip(names, (record.loss, record.divergence), strict=True))
+    return values | _regions(f"loss/validation/{reason}_", record.figures)
+
+
+def _regions(prefix: str, figures: MaskFigures | None) -> dict[str, float]:
+    """Return the losses inside and outside of masks and the drift outside by name, as far as they were measured."""
+    if figures is None:
+        return {}
+    found = {"inside": figures.inside, "outside": figures.outside, "drift_outside": figures.drift}
+    return {f"{prefix}{name}": value for name, value in found.items() if value is not None}

@@ -58,8 +58,8 @@ class Trainee(Protocol):
         """Do what is due before a batch's forward pass."""
         ...
 
-    def untrained(self) -> AbstractContextManager[None]:
-        """Return a context in which the models predict as before the training."""
+    def untrained(self) -> AbstractContextManager[Parts | None]:
+        """Return a context in which the models predict as before the training, or whose value are others that do."""
         ...
 
     def before_update(self) -> dict[str, Tensor]:

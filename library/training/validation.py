@@ -14,6 +14,7 @@ from torch import Tensor
 from library import losses, noise
 from library.progress import progress
 from library.training import draws
+from library.training.metrics import NUM_FIGURES, MaskFigures
 from library.training.painting import random_states_kept
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from library.batch import Batch
     from library.options.noise import NoiseOptions
-    from library.training.step import Step
+    from library.training.step import Losses, Step
 
 log = logging.getLogger(__name__)
 
@@ -55,29 +56,35 @@ class Validator:
         """Return whether the loss is due for one reason or the other."""
         return self.is_step_due(step) or self.is_epoch_due(epoch)
 
-    def run(self) -> float:
-        """Return the mean loss over the images of all processes and over the timesteps; waits for the device.
+    def run(self) -> tuple[float, MaskFigures | None]:
+        """Return the mean loss over the images of all processes and over the timesteps, and that of their parts.
+
+        Waits for the device.
 
         Dropout and averaged weights are the caller's to switch.
         """
         measured: list[tuple[tuple[str, ...], Tensor]] = []  # a batch's names, its losses (B,) over the timesteps
+        figures: list[Tensor] = []
         with random_states_kept(), torch.no_grad():
             numbered = zip(self.numbers, self.batches, strict=True)
             for number, batch in progress(numbered, label="validation", total=len(self.numbers), unit="batch"):
-                per_image = torch.stack(self._losses(number, batch.to(self.accelerator.device)))
-                measured.append((batch.names, per_image.float().sum(dim=0)))
-        total = torch.zeros(2, device=self.accelerator.device)  # sum of losses, their number
+                found = self._losses(number, batch.to(self.accelerator.device))
+                measured.append((batch.names, torch.stack([each.per_image for each in found]).float().sum(dim=0)))
+                figures += [each.figures.reshape(-1) for each in found if each.figures is not None]
+        total = torch.zeros(2 + NUM_FIGURES, device=self.accelerator.device)  # sum of losses, their number, figures
         for _, per_image in measured:
-            total += torch.stack([per_image.sum(), total.new_full((), len(per_image) * len(self.timesteps))])
+            total[:2] += torch.stack([per_image.sum(), total.new_full((), len(per_image) * len(self.timesteps))])
+        for each in figures:
+            total[2:] += each
         if not total[0].isfinite():
             warn_of_broken(measured)
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total, "sum")
-        summed, count = total.tolist()
-        return float(summed / count)
+        summed, count, *sums = total.tolist()
+        return float(summed / count), MaskFigures.of_sums(sums)
 
-    def _losses(self, number: int, batch: Batch) -> list[Tensor]:
-        """Return the losses (B,) of a batch at each timestep; pictures and text are encoded once for all of them."""
+    def _losses(self, number: int, batch: Batch) -> list[Losses]:
+        """Return the losses of a batch at each timestep; pictures and text are encoded once for all of them."""
         torch.manual_seed(draws.seed_of("validation", self.seed, number))
         latents = self.latents_of(batch)
         with self.accelerator.autocast():

@@ -11,8 +11,9 @@ import torch
 from dataset.pictures import CUT, StubEncoder, sample_of, save_picture, settings_of
 from PIL import Image
 
+from library.dataset import mask_shares
 from library.dataset.config import DatasetConfig, SubsetConfig
-from library.dataset.images import mean_mask_weight, read_mask_weights
+from library.dataset.images import read_mask_weights
 from library.dataset.latents import build_store, check_cache_folders, refuse_uncacheable
 from library.errors import DataError, OptionError
 from library.masks import MaskSource, to_array
@@ -347,19 +348,19 @@ def test_flips_are_welcome_with_caching(tmp_path):
 
 
 @pytest.mark.parametrize("to_disk", [True, False])
-def test_the_mean_weight_counts_each_masked_image_once(pictures, encoder, to_disk):
+def test_the_share_of_each_masked_image_is_told_once_from_files_and_from_the_cache(pictures, encoder, to_disk):
     samples = [sample_of(pictures[0]), sample_of(pictures[0]), sample_of(pictures[1])]
     samples.append(sample_of(pictures[2], MaskSource("none")))
-    expected = np.mean([read_mask_weights(samples[index]).mean() for index in (0, 2)])
-    assert mean_mask_weight(samples) == pytest.approx(expected, abs=1e-6)
+    expected = [read_mask_weights(samples[index]).mean() for index in (0, 2)]
+    assert [each.share for each in mask_shares.decoded(samples)] == pytest.approx(expected, abs=1e-6)
     store = build_store(samples, settings_of(to_disk=to_disk), encoder)
-    assert store.mean_mask_weight() == pytest.approx(expected, abs=1e-6)
+    assert [each.share for each in mask_shares.stored(samples, store)] == pytest.approx(expected, abs=1e-6)
 
 
-def test_without_masks_there_is_no_mean_weight(pictures, encoder):
+def test_without_masks_there_are_no_shares(pictures, encoder):
     samples = [sample_of(pictures[0], MaskSource("none"))]
-    assert mean_mask_weight(samples) is None
-    assert build_store(samples, settings_of(), encoder).mean_mask_weight() is None
+    assert mask_shares.decoded(samples) == []
+    assert mask_shares.stored(samples, build_store(samples, settings_of(), encoder)) == []
 
 
 def read_only(monkeypatch):

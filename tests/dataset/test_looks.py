@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.dataset import contact_sheet
+from library.dataset import contact_sheet, mask_shares
 from library.dataset.config import SubsetConfig
 from library.dataset.geometry import Transform
-from library.dataset.images import mean_mask_weight, read_mask_weights, read_training_pixels
+from library.dataset.images import read_mask_weights, read_training_pixels
 from library.dataset.latents import build_store
 from library.dataset.loader import DrawnImages, LoaderSettings
 from library.dataset.looks import looks_of
@@ -190,7 +190,9 @@ def test_memory_and_disk_hold_the_same_looks(tmp_path, encoder):
             (one, mask), (two, other) = (store.get(0, flip=flip, look=look) for store in (on_disk, in_memory))
             assert torch.equal(one, two)
             assert (mask == other).all()
-    assert on_disk.mean_mask_weight() == in_memory.mean_mask_weight() == pytest.approx(mean_mask_weight([sample]))
+    (there,), (here,) = (mask_shares.stored([sample], each) for each in (on_disk, in_memory))
+    (decoded,) = mask_shares.decoded([sample])
+    assert there.share == here.share == pytest.approx(decoded.share)
 
 
 def test_each_fill_keeps_its_entries_so_that_switching_back_encodes_nothing(tmp_path, encoder):

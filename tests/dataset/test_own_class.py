@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.dataset import config, images, own_class, summary
+from library.dataset import config, images, mask_shares, own_class, summary
 from library.dataset.loader import DrawnImages, LoaderSettings
 from library.dataset.plan import Draw
 from library.errors import DataError, OptionError
@@ -212,7 +212,7 @@ def test_the_summary_counts_its_masks(install: Install) -> None:
     install(lambda _: {"image": picture(), "caption": "", "mask": np.full((64, 64), 51, np.uint8)})
     samples = scan().samples
     assert "3 of 3 images (3 of the class)" in summary.mask_line(samples)
-    assert images.mean_mask_weight(samples) == pytest.approx(0.2)
+    assert [each.share for each in mask_shares.decoded(samples)] == pytest.approx([0.2] * 3)
 
 
 @pytest.mark.parametrize(

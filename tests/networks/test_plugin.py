@@ -246,7 +246,7 @@ def test_a_network_that_is_switched_off_leaves_the_output_as_it_was_for_that_tim
 
 def test_a_network_that_cannot_be_switched_off_is_refused(models):
     with (
-        pytest.raises(OptionError, match=r"diff_output_preservation: ForeignNetwork cannot be switched off"),
+        pytest.raises(OptionError, match=r"mask_prior_weight: ForeignNetwork cannot be switched off"),
         plugin.switched_off(ForeignNetwork(models.unet)),
     ):
         pass

@@ -155,12 +155,12 @@ def test_the_mean_weight_is_the_same_from_files_and_from_a_cache(argv) -> None:
     parts = Parts(torch.nn.Identity(), (), torch.nn.Linear(1, 1))
     encode = training_data.encoder(Grey(), lambda: parts)
     store = training_data.cache(data, options.caching, "sd", encode, torch.float32, "vae", Accelerator(cpu=True))
-    assert reporting.mean_weight(data, None) == pytest.approx(0.2)
-    assert reporting.mean_weight(data, store) == pytest.approx(0.2)
+    assert reporting.mean_share(reporting.shares_of(data, None)) == pytest.approx(0.2)
+    assert reporting.mean_share(reporting.shares_of(data, store)) == pytest.approx(0.2)
 
 
 def test_the_mean_weight_of_no_masks_is_none(argv) -> None:
-    assert reporting.mean_weight(training_data.read(options_of(argv), 64), None) is None
+    assert reporting.mean_share(reporting.shares_of(training_data.read(options_of(argv), 64), None)) is None
 
 
 def test_a_dataset_is_shown_without_a_model(argv, tmp_path, caplog) -> None:

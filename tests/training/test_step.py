@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from training.simple_steps import LATENTS, NoNoise, batch_of, doubler, losses_by
 
-from library.batch import Batch, Share
-from library.models.family import LatentSpace, Parts, Plain
+from library.batch import Share
 from library.models.sd import Sd
 from library.objectives.ddpm import Ddpm
 from library.objectives.objective import Compared, Noised
@@ -19,102 +19,44 @@ from library.options.noise import NoiseOptions
 from library.training.step import Step
 from networks import lora, plugin
 
-
-def batch_of(
-    masks: Tensor | None = None, weights: tuple[float, ...] = (1.0, 1.0), tokens: Tensor | None = None
-) -> Batch:
-    count, sizes = len(weights), torch.zeros(len(weights), 2, dtype=torch.int64)
-    tokens = torch.zeros(count, 1, 77, dtype=torch.int64) if tokens is None else tokens
-    names = tuple(f"{i}.png" for i in range(count))
-    return Batch(names, ("",) * count, tokens, None, None, masks, torch.tensor(weights), sizes, sizes, sizes)
-
-
 # ---- by hand: a denoiser that multiplies by its one weight -----------------------------------------------------
 
 
-class Doubler(Plain):
-    """A family whose denoiser gives its input times a weight; latents are halved on their way to it."""
-
-    latent_space = LatentSpace(channels=1, scale=0.5)
-
-    def encode_text(self, parts: Parts, tokens: Tensor, known: object = None) -> None:
-        """Return nothing: the denoiser reads no text."""
-
-    def predict(self, parts: Parts, noisy: Tensor, timesteps: Tensor, text: None, batch: Batch) -> Tensor:
-        """Return the input times the weight."""
-        return noisy * parts.denoiser.weight
-
-
-@dataclass(frozen=True)
-class NoNoise:
-    """An objective that adds no noise, compares with zero, and weighs as it is told."""
-
-    element_weight: Tensor | None = None  # (B, 1, 1, 1)
-    image_weight: float = 1.0
-
-    def noise(self, latents: Tensor) -> Noised:
-        """Return the latents as they are."""
-        return Noised(latents, torch.zeros_like(latents), latents, torch.zeros(len(latents), dtype=torch.int64))
-
-    def compare(self, output: Tensor, noised: Noised) -> Compared:
-        """Compare with zero."""
-        return Compared(output, noised.noise, self.element_weight)
-
-    def huber_c(self, options: LossOptions, noised: Noised) -> Tensor | None:
-        """Return a threshold of 1 for the losses that have one."""
-        return None if options.loss_type in ("l2", "l1") else torch.ones(len(noised.latents), 1, 1, 1)
-
-    def reweigh(self, per_image: Tensor, noised: Noised) -> Tensor:
-        """Weigh all images alike."""
-        return per_image * self.image_weight
-
-
-def doubler(objective: NoNoise | None = None, loss: LossOptions | None = None) -> Step:
-    """Return a step whose denoiser gives 2x."""
-    denoiser = nn.Module()
-    denoiser.weight = nn.Parameter(torch.tensor(2.0))
-    parts = Parts(denoiser, (), nn.Identity())
-    return Step(Doubler(), parts, objective or NoNoise(), loss or LossOptions(), (denoiser,), is_text_trained=False)
-
-
-LATENTS = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]], [[[5.0, 6.0], [7.0, 8.0]]]])  # predicted as they are: x · ½ · 2
-
-
 def test_the_loss_without_masks_is_the_mean_square() -> None:
-    loss = doubler()(batch_of(), LATENTS)
+    loss = losses_by(doubler(), batch_of(), LATENTS)
     assert loss.tolist() == [(1 + 4 + 9 + 16) / 4, (25 + 36 + 49 + 64) / 4]
 
 
 def test_the_mean_counts_masked_cells() -> None:
     """As sd-scripts: three black cells of four leave a quarter of the fourth one's loss."""
     mask = torch.tensor([[[[0.0, 0.0], [0.0, 1.0]]]]).expand(2, 1, 2, 2)
-    assert doubler()(batch_of(mask), LATENTS).tolist() == [16 / 4, 64 / 4]
+    assert losses_by(doubler(), batch_of(mask), LATENTS).tolist() == [16 / 4, 64 / 4]
 
 
 def test_a_half_covered_cell_counts_half() -> None:
     mask = torch.tensor([[[[1.0, 0.5], [0.25, 0.0]]]]).expand(2, 1, 2, 2)
-    assert doubler()(batch_of(mask), LATENTS).tolist() == [(1 + 2 + 9 / 4) / 4, (25 + 18 + 49 / 4) / 4]
+    assert losses_by(doubler(), batch_of(mask), LATENTS).tolist() == [(1 + 2 + 9 / 4) / 4, (25 + 18 + 49 / 4) / 4]
 
 
 def test_each_image_has_its_own_mask() -> None:
     masks = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
-    assert doubler()(batch_of(masks), LATENTS).tolist() == [0, 43.5]
+    assert losses_by(doubler(), batch_of(masks), LATENTS).tolist() == [0, 43.5]
 
 
 def test_a_regularisation_image_counts_by_its_weight() -> None:
-    assert doubler()(batch_of(weights=(1.0, 0.25)), LATENTS).tolist() == [7.5, 43.5 / 4]
+    assert losses_by(doubler(), batch_of(weights=(1.0, 0.25)), LATENTS).tolist() == [7.5, 43.5 / 4]
 
 
 def test_processes_that_share_a_batch_draw_the_noise_that_one_would():
     step = doubler(Ddpm.from_options(NoiseOptions(noise_offset=0.1, multires_noise_iterations=2), LossOptions(), False))
     latents = torch.linspace(-1, 1, 3 * 16).view(3, 1, 4, 4)
     torch.manual_seed(5)
-    whole = step(batch_of(weights=(1.0, 0.5, 1.0)), latents)
+    whole = losses_by(step, batch_of(weights=(1.0, 0.5, 1.0)), latents)
     after = []
     for index, weights in ((0, (1.0, 1.0)), (1, (0.5,))):
         share = Share(3, index, 2)
         torch.manual_seed(5)
-        own = step(replace(batch_of(weights=weights), share=share), latents[share.rows])
+        own = losses_by(step, replace(batch_of(weights=weights), share=share), latents[share.rows])
         torch.testing.assert_close(own, whole[share.rows])
         after.append(torch.rand(()).item())
     assert after[0] != after[1]  # dropout is each one's own
@@ -124,13 +66,13 @@ def test_the_gradient_is_that_of_the_masked_loss() -> None:
     """d/dw of mean(m (w x / 2)²) is mean(m w x² / 2): with one white cell, x = 4 and w = 2, it is 16 / 4."""
     step = doubler()
     mask = torch.tensor([[[[0.0, 0.0], [0.0, 1.0]]]]).expand(2, 1, 2, 2)
-    step(batch_of(mask), LATENTS)[0].backward()
+    losses_by(step, batch_of(mask), LATENTS)[0].backward()
     assert step.parts.denoiser.weight.grad == 4
 
 
 def test_all_weights_multiply() -> None:
     objective = NoNoise(element_weight=torch.tensor([2.0, 3.0])[:, None, None, None], image_weight=5.0)
-    loss = doubler(objective)(batch_of(torch.full((2, 1, 2, 2), 0.5), (1.0, 0.1)), LATENTS)
+    loss = losses_by(doubler(objective), batch_of(torch.full((2, 1, 2, 2), 0.5), (1.0, 0.1)), LATENTS)
     assert loss.tolist() == pytest.approx([7.5 * 2 * 0.5 * 5, 43.5 * 3 * 0.5 * 0.1 * 5])
 
 
@@ -140,12 +82,12 @@ HUBER = 2 * (sum((x * x + 1) ** 0.5 for x in (1, 2, 3, 4)) - 4) / 4  # mean of 2
 @pytest.mark.parametrize(("loss_type", "expected"), [("l1", 2.5), ("huber", HUBER)])
 def test_the_loss_type_is_what_the_mask_weighs(loss_type: str, expected: float) -> None:
     step = doubler(loss=LossOptions(loss_type=loss_type))
-    assert step(batch_of(torch.full((2, 1, 2, 2), 0.5)), LATENTS)[0].item() == pytest.approx(expected / 2)
+    assert losses_by(step, batch_of(torch.full((2, 1, 2, 2), 0.5)), LATENTS)[0].item() == pytest.approx(expected / 2)
 
 
 def test_the_loss_is_computed_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        loss = doubler()(batch_of(), LATENTS + 1 / 1024)  # a part that bfloat16 has no digits for
+        loss = losses_by(doubler(), batch_of(), LATENTS + 1 / 1024)  # a part that bfloat16 has no digits for
     assert loss.dtype == torch.float32
     assert loss[0] != 7.5
 
@@ -153,7 +95,7 @@ def test_the_loss_is_computed_in_float32_under_autocast() -> None:
 def test_an_image_that_breaks_does_not_break_its_neighbour() -> None:
     latents = LATENTS.clone()
     latents[1, 0, 0, 0] = torch.nan
-    assert doubler()(batch_of(), latents).isfinite().tolist() == [True, False]
+    assert losses_by(doubler(), batch_of(), latents).isfinite().tolist() == [True, False]
 
 
 # ---- on a whole model with a LoRA ------------------------------------------------------------------------------
@@ -224,7 +166,7 @@ def losses_and_gradients(sd, step: Step, masks: Tensor | None) -> tuple[Tensor, 
     """Return the losses and every weight's gradient; the noise is the same at each call."""
     sd.network.zero_grad(set_to_none=True)
     torch.manual_seed(3)
-    loss = step(batch_of(masks, tokens=tokens_of()), latents_of())
+    loss = losses_by(step, batch_of(masks, tokens=tokens_of()), latents_of())
     loss.mean().backward()
     gradients = {name: p.grad.clone() for name, p in sd.network.named_parameters() if p.grad is not None}
     return loss.detach(), gradients
@@ -285,7 +227,7 @@ def test_the_loss_is_the_references_formula_element_by_element(sd) -> None:
     batch = batch_of(masks, (1.0, 0.3), tokens_of())
     with torch.no_grad():
         torch.manual_seed(3)
-        loss = step_of(sd, objective, options)(batch, latents_of())
+        loss = losses_by(step_of(sd, objective, options), batch, latents_of())
         torch.manual_seed(3)
         noised = objective.noise(latents_of() * 0.18215)
         text = sd.parts.text_encoders[0](batch.tokens[:, 0]).last_hidden_state
@@ -335,7 +277,7 @@ def preserving(sd, preserved: list[bool] | None, objective=OBJECTIVE) -> tuple[T
     sd.network.zero_grad(set_to_none=True)
     torch.manual_seed(3)
     flags = None if preserved is None else torch.tensor(preserved)
-    loss = step_of(sd, objective)(replace(batch_of(tokens=tokens_of()), preserved=flags), latents_of())
+    loss = losses_by(step_of(sd, objective), replace(batch_of(tokens=tokens_of()), preserved=flags), latents_of())
     loss.mean().backward()
     gradients = {name: p.grad.clone() for name, p in sd.network.named_parameters() if p.grad is not None}
     return loss.detach(), gradients
@@ -354,7 +296,7 @@ def test_in_a_mixed_batch_the_gradient_comes_from_the_other_image(identity) -> N
     assert loss[1] == plain_loss[1]
     identity.network.zero_grad(set_to_none=True)
     torch.manual_seed(3)
-    alone = step_of(identity)(batch_of(weights=(0.0, 1.0), tokens=tokens_of()), latents_of())
+    alone = losses_by(step_of(identity), batch_of(weights=(0.0, 1.0), tokens=tokens_of()), latents_of())
     alone.mean().backward()
     for name, parameter in identity.network.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6)
@@ -400,5 +342,5 @@ def test_a_preserved_image_is_weighed_by_its_mask(sd) -> None:
     torch.manual_seed(3)
     flags = torch.tensor([True, True])
     batch = replace(batch_of(torch.full((2, 1, SIDE, SIDE), 0.25), tokens=tokens_of()), preserved=flags)
-    loss = step_of(sd)(batch, latents_of()).detach()
+    loss = losses_by(step_of(sd), batch, latents_of()).detach()
     torch.testing.assert_close(loss, 0.25 * preserving(sd, [True, True])[0])
