@@ -138,8 +138,8 @@ def _case(problem: Problem, shots: _Shots, *, has_remedy: bool) -> str:
     remedy = f"<p>{escape(remedy_of(problem))}</p>" if has_remedy else ""
     place = str(problem.path.parent)
     return (
-        f"<li>{_shots_of(problem, shots)}<h4>{escape(problem.path.name)}</h4>"
-        f'<p class="place">{escape(place)}</p><p>{escape(_sentence(reason_of(problem)))}</p>{remedy}</li>'
+        f"<li>{_shots_of(problem, shots)}<div><h4>{escape(problem.path.name)}</h4>"
+        f'<p class="place">{escape(place)}</p><p>{escape(_sentence(reason_of(problem)))}</p>{remedy}</div></li>'
     )
 
 

@@ -24,7 +24,7 @@ def strokes_of(mask: np.ndarray, transform: Transform = WHOLE) -> measuring.Stro
 
 def hair(thickness: int) -> np.ndarray:
     mask = np.zeros(SIZE[::-1], np.uint8)
-    cv2.line(mask, (20, 203), (490, 203), 255, thickness)
+    mask[203 : 203 + thickness, 20:490] = 255
     return mask
 
 
