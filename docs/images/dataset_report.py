@@ -84,8 +84,9 @@ def main() -> None:
 def in_columns(page: Image.Image) -> Image.Image:
     """Return a page as two columns, without the empty rest of the window."""
     pixels = np.asarray(page)
-    rows = np.flatnonzero((pixels != pixels[-1, 0]).any(axis=(1, 2)))
-    height = (int(rows[-1]) + 40 + 1) // 2
+    is_filled = (pixels != pixels[-1, 0]).any(axis=(1, 2))
+    middle = (int(np.flatnonzero(is_filled)[-1]) + 40) // 2
+    height = middle + int(np.argmin(is_filled[middle:])) + 10  # between two sections
     size = (round(page.width * SHRUNK), round(height * SHRUNK))
     sheet = Image.new("RGB", (2 * size[0], size[1]), tuple(pixels[-1, 0].tolist()))
     for number in range(2):

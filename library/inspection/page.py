@@ -6,7 +6,7 @@ import io
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -225,10 +225,11 @@ def _masks_in_words(subset: SubsetConfig, looked: Sequence[Looked]) -> str:
 def _sheet(looked: Sequence[Looked], problems: Sequence[Problem]) -> str:
     """Return all pictures, or as many spread over them as a page may hold."""
     shown = looked[:: math.ceil(len(looked) / MOST_PICTURES)] if looked else ()
-    told: Counter[Path] = Counter()
-    for problem in problems:
+    told: dict[Path, set[int]] = {}
+    for number, problem in enumerate(problems):
         if problem.severity != "note":
-            told.update({problem.path, *problem.files})
+            for path in (problem.path, *problem.files):
+                told.setdefault(path, set()).add(number)
     parts = [_sheet_figure(each, told) for each in shown if each.thumbnail]
     if not parts:
         return ""
@@ -237,12 +238,12 @@ def _sheet(looked: Sequence[Looked], problems: Sequence[Problem]) -> str:
     return f'{legend}<div class="sheet">{"".join(parts)}</div>'
 
 
-def _sheet_figure(looked: Looked, told: Counter[Path]) -> str:
+def _sheet_figure(looked: Looked, told: Mapping[Path, set[int]]) -> str:
     assert looked.thumbnail is not None
     sample, coverage = looked.sample, looked.coverage
     share = f"{coverage.mean:.0%} learnt" if coverage and sample.mask.is_given else "no mask"
     size = "{}×{}".format(*sample.transform.target)
-    count = told[sample.path] + (told[sample.mask.path] if sample.mask.path else 0)
+    count = len(told.get(sample.path, set()) | (told.get(sample.mask.path, set()) if sample.mask.path else set()))
     found = f" · <em>{_number(count, 'finding')}</em>" if count else ""
     held = " · held back" if sample.is_validation else ""
     return (

@@ -113,6 +113,17 @@ def test_masked_loss_without_masks_is_an_error_with_its_code(folder, tmp_path):
     assert ("masked-loss-idle", "pets") in found(path, "--masked_loss")
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("10_dog", "It looks like one itself: give the folder that it lies in"), ("dogs", "Move its images into one, or")],
+)
+def test_a_folder_a_level_off_on_the_command_line_is_refused_with_the_right_one(name, hint, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    scene("dog").save(tmp_path / name / "dog.png")
+    assert check_dataset.main(["--train_data_dir", str(tmp_path / name), "--resolution", "64"]) == 2
+    assert hint in capsys.readouterr().err
+
+
 def test_pictures_of_a_class_are_looked_at_too(tmp_path, monkeypatch):
     code = (
         "import numpy as np\nclass Squares:\n    def __init__(self, *_): pass\n    def __len__(self): return 2\n"
