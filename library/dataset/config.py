@@ -345,9 +345,8 @@ def _from_folders(dataset: DatasetOptions, command_line: Level, bucket_step_mult
             hint = f" It looks like one itself: give the folder that it lies in, {folder.parent}."
         elif any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir()):
             hint = f" Move its images into one, or name {folder} as image_dir in a dataset config."
-        raise DataError(
-            f"--train_data_dir {folder} has no sub-folder named <repeats>_<class words>, like 10_cat.{hint}"
-        )
+        named = "<repeats>_<class words>, like 10_cat"
+        raise DataError(f"--train_data_dir {folder} has no sub-folder named {named}.{hint}")
     if dataset.reg_data_dir:
         tables += _folder_subsets("reg_data_dir", Path(dataset.reg_data_dir), is_reg=True)
     return _resolve_dataset("command line", tables, (command_line,), dataset.prior_loss_weight, bucket_step_multiple)
