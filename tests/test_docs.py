@@ -29,7 +29,15 @@ from tools import mask_images, merge_sd3_safetensors, pad_buckets
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TOOL_FLAGS = {"torch-index", "json", "masks", "contact_sheet", "help"}  # of quickstart.py and tools/check_dataset.py
+TOOL_FLAGS = {
+    "torch-index",
+    "json",
+    "html",
+    "full",
+    "masks",
+    "contact_sheet",
+    "help",
+}  # of quickstart.py and tools/check_dataset.py
 FOREIGN_FLAGS = {"extra-index-url", "num_cpu_threads_per_process", "logdir"}  # of pip, accelerate and tensorboard
 FOREIGN_FLAGS |= {"multi_gpu", "num_processes", "nproc_per_node", "use_deepspeed"}  # of launchers
 FOREIGN_FLAGS |= {"use_fsdp", "fsdp_version", "fsdp_reshard_after_forward", "fsdp_offload_params"}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.dataset import buckets, cut_settings, mask_settings
+from library.dataset.files import EXTENSIONS
 from library.dataset.geometry import Size
 from library.dataset.schema import (
     DATASET_KEYS,
@@ -338,9 +339,14 @@ def _from_folders(dataset: DatasetOptions, command_line: Level, bucket_step_mult
         raise OptionError("There is no dataset: give --dataset_config=FILE or --train_data_dir=FOLDER.")
     tables = _folder_subsets("train_data_dir", Path(dataset.train_data_dir), is_reg=False)
     if not tables:
-        raise DataError(
-            f"--train_data_dir {dataset.train_data_dir} has no sub-folder named <repeats>_<class words>, like 10_cat."
-        )
+        folder = Path(dataset.train_data_dir)
+        hint = ""
+        if folder.name.partition("_")[0].isdecimal():
+            hint = f" It looks like one itself: give the folder that it lies in, {folder.parent}."
+        elif any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir()):
+            hint = f" Move its images into one, or name {folder} as image_dir in a dataset config."
+        named = "<repeats>_<class words>, like 10_cat"
+        raise DataError(f"--train_data_dir {folder} has no sub-folder named {named}.{hint}")
     if dataset.reg_data_dir:
         tables += _folder_subsets("reg_data_dir", Path(dataset.reg_data_dir), is_reg=True)
     return _resolve_dataset("command line", tables, (command_line,), dataset.prior_loss_weight, bucket_step_multiple)

@@ -6,7 +6,7 @@ import io
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -73,11 +73,11 @@ def _histogram(scene: Scene) -> str:
 
 
 def _tiles(scene: Scene, problems: Sequence[Problem]) -> list[tuple[str, str]]:
-    masked = [looked for looked in scene.looked if looked.sample.mask.kind != "none"]
+    masked = [looked for looked in scene.looked if looked.sample.mask.is_given]
     tiles = [("Images", f"{len(scene.samples):,}"), ("With a mask", f"{len(masked):,}")]
     mean = mean_weight(scene.looked)
     tiles += [("Learnt of these", f"{mean:.0%}")] if mean is not None else []
-    counts = Counter(problem.severity for problem in problems)
+    counts = Counter[str](problem.severity for problem in problems)
     return tiles + [(PLURAL[severity].capitalize(), f"{counts[severity]:,}") for severity in SEVERITIES]
 
 
@@ -96,7 +96,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _weights(looked: Iterable[Looked]) -> list[float]:
-    return [each.coverage.mean for each in looked if each.coverage and each.sample.mask.kind != "none"]
+    return [each.coverage.mean for each in looked if each.coverage and each.sample.mask.is_given]
 
 
 def _findings(problems: Sequence[Problem], shots: _Shots) -> str:
@@ -138,8 +138,8 @@ def _case(problem: Problem, shots: _Shots, *, has_remedy: bool) -> str:
     remedy = f"<p>{escape(remedy_of(problem))}</p>" if has_remedy else ""
     place = str(problem.path.parent)
     return (
-        f"<li>{_shots_of(problem, shots)}<h4>{escape(problem.path.name)}</h4>"
-        f'<p class="place">{escape(place)}</p><p>{escape(_sentence(reason_of(problem)))}</p>{remedy}</li>'
+        f"<li>{_shots_of(problem, shots)}<div><h4>{escape(problem.path.name)}</h4>"
+        f'<p class="place">{escape(place)}</p><p>{escape(_sentence(reason_of(problem)))}</p>{remedy}</div></li>'
     )
 
 
@@ -225,10 +225,11 @@ def _masks_in_words(subset: SubsetConfig, looked: Sequence[Looked]) -> str:
 def _sheet(looked: Sequence[Looked], problems: Sequence[Problem]) -> str:
     """Return all pictures, or as many spread over them as a page may hold."""
     shown = looked[:: math.ceil(len(looked) / MOST_PICTURES)] if looked else ()
-    told: Counter[Path] = Counter()
-    for problem in problems:
+    told: dict[Path, set[int]] = {}
+    for number, problem in enumerate(problems):
         if problem.severity != "note":
-            told.update({problem.path, *problem.files})
+            for path in (problem.path, *problem.files):
+                told.setdefault(path, set()).add(number)
     parts = [_sheet_figure(each, told) for each in shown if each.thumbnail]
     if not parts:
         return ""
@@ -237,12 +238,12 @@ def _sheet(looked: Sequence[Looked], problems: Sequence[Problem]) -> str:
     return f'{legend}<div class="sheet">{"".join(parts)}</div>'
 
 
-def _sheet_figure(looked: Looked, told: Counter[Path]) -> str:
+def _sheet_figure(looked: Looked, told: Mapping[Path, set[int]]) -> str:
     assert looked.thumbnail is not None
     sample, coverage = looked.sample, looked.coverage
-    share = f"{coverage.mean:.0%} learnt" if coverage and sample.mask.kind != "none" else "no mask"
+    share = f"{coverage.mean:.0%} learnt" if coverage and sample.mask.is_given else "no mask"
     size = "{}×{}".format(*sample.transform.target)
-    count = told[sample.path] + (told[sample.mask.path] if sample.mask.path else 0)
+    count = len(told.get(sample.path, set()) | (told.get(sample.mask.path, set()) if sample.mask.path else set()))
     found = f" · <em>{_number(count, 'finding')}</em>" if count else ""
     held = " · held back" if sample.is_validation else ""
     return (

@@ -28,11 +28,13 @@ DATASET_STYLE = (
 .cases { list-style: none; margin: 0; padding: 0; display: grid; gap: 14px;
   grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); }
 .cases li { border: 1px solid var(--line); border-radius: 10px; padding: 12px; min-width: 0; }
+.cases li:only-child { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: 6px 18px; align-items: center; }
+.cases li:only-child > div:last-child { flex: 1 1 240px; min-width: 0; } .cases li:only-child .shots { margin: 0; }
 .cases h4 { margin: 0; font-size: .875rem; overflow-wrap: anywhere; }
 .cases p { margin: 2px 0 0; font-size: .875rem; overflow-wrap: anywhere; }
 .cases .place { color: var(--quiet); font-size: .75rem; }
 .shots { display: flex; flex-wrap: wrap; gap: 6px; margin: 0 0 8px; align-items: flex-end; }
-.shots img { max-height: 104px; width: auto; border-radius: 6px;
+.shots img { max-height: 104px; width: auto; border-radius: 6px; outline: 1px solid var(--line);
   background: repeating-conic-gradient(#8884 0 25%, #8881 0 50%) 0 0 / 16px 16px; }
 .more { color: var(--quiet); font-size: .875rem; margin: 10px 0 0; }
 .buckets { list-style: none; margin: 0; padding: 0; display: grid; gap: 12px;

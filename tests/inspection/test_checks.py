@@ -1,0 +1,184 @@
+"""Checks that look at more than one file, or that need settings of their own; and what training tells of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inspection.planted import Folder, ellipse, scene
+from PIL import Image
+
+from library.options import read_training
+from library.training import data as training_data
+from tools import check_dataset
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Three good pictures with masks, in a folder "pets"."""
+    made = Folder(tmp_path, "pets")
+    for stem in ("ant", "bee", "cow"):
+        made.good(stem)
+    return made
+
+
+def config(folder: Folder, settings: str = "", *, more: str = "", dataset: str = "") -> Path:
+    """Write a config of the folder, and return its path."""
+    text = f"[[datasets]]\nresolution = [160, 128]\ncaption_extension = '.txt'\n{dataset}\n[[datasets.subsets]]\n"
+    text += f"image_dir = {str(folder.images)!r}\nconditioning_data_dir = {str(folder.masks)!r}\n{settings}\n{more}"
+    path = folder.images.parent / "dataset.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def found(path: Path, *flags: str) -> list[tuple[str, str]]:
+    """Return code and file of every problem."""
+    out = path.with_name("out.json")
+    check_dataset.main(["--dataset_config", str(path), "--json", str(out), *flags])
+    problems = json.loads(out.read_text(encoding="utf-8"))["problems"]
+    return [(each["code"], Path(each["path"]).name) for each in problems]
+
+
+def subset(folder: Path, settings: str = "") -> str:
+    return f"[[datasets.subsets]]\nimage_dir = {str(folder)!r}\n{settings}\n"
+
+
+def test_a_picture_held_back_that_is_trained_on_too_is_told(folder, tmp_path):
+    other = Folder(tmp_path, "held")
+    other.good("dog")
+    (other.images / "dog.png").write_bytes((folder.images / "ant.png").read_bytes())
+    more = subset(other.images, "validation_split = 1.0")
+    assert ("validation-leak", "dog.png") in found(config(folder, more=more))
+
+
+def test_a_smaller_copy_saved_again_is_nearly_the_same_picture(folder):
+    folder.good("dog")
+    with Image.open(folder.images / "cow.png") as image:
+        image.resize((120, 96)).save(folder.images / "dog.png")
+    assert found(config(folder)) == [("image-similar", "dog.png")]
+
+
+def test_masks_are_judged_as_they_are_used(folder):
+    ellipse(inverted=True).save(folder.masks / "ant.png")
+    assert found(config(folder)) == [("mask-inverted", "ant.png")]
+    for stem in ("bee", "cow"):
+        ellipse(inverted=True).save(folder.masks / f"{stem}.png")
+    assert found(config(folder, "mask_invert = true")) == []
+
+
+def test_strokes_that_are_grown_as_advised_are_not_told_of_again(folder):
+    mask = np.zeros((128, 160), np.uint8)
+    mask[21:122:20, 8:150] = 255
+    folder.mask("ant", mask)
+    path = config(folder)
+    assert found(path) == [("mask-thin", "ant.png")]
+    advice = json.loads(path.with_name("out.json").read_text(encoding="utf-8"))["problems"][0]["remedy"]
+    setting = advice.removeprefix("Set ").partition(" in the subset")[0]
+    assert found(config(folder, setting)) == []
+
+
+def test_a_tag_that_is_dropped_with_its_mask_is_not_told_of(folder):
+    folder.caption("bee", "a bee, Watermark")
+    assert found(config(folder)) == [("caption-names-masked", "bee.png")]
+    assert found(config(folder, "mask_drop_tags = ['watermark']")) == []
+
+
+def test_a_tag_of_the_background_is_told_of_where_the_mask_leaves_the_border_out(folder):
+    folder.caption("bee", "a bee, grey background")
+    assert found(config(folder)) == [("caption-names-masked", "bee.png")]
+    Image.fromarray(np.pad(np.zeros((64, 80), np.uint8), ((0, 64), (0, 80)), constant_values=255)).save(
+        folder.masks / "bee.png"
+    )
+    assert found(config(folder)) == []
+
+
+def test_a_folder_for_masks_that_a_subset_names_is_not_told_of(folder):
+    folder.masks.rename(folder.images.parent / "pets_mask")
+    folder.masks = folder.images.parent / "pets_mask"
+    assert found(config(folder)) == []
+
+
+def test_most_of_a_picture_is_cut_away_without_buckets(folder):
+    scene("dog", (640, 160)).save(folder.images / "dog.png")
+    folder.caption("dog", "a dog")
+    ellipse((640, 160)).save(folder.masks / "dog.png")
+    assert found(config(folder)) == [("image-cut", "dog.png")]
+
+
+def test_masked_loss_without_masks_is_an_error_with_its_code(folder, tmp_path):
+    path = tmp_path / "bare.toml"
+    head = "[[datasets]]\nresolution = [160, 128]\ncaption_extension = '.txt'\n"
+    folder.masks.rename(tmp_path / "elsewhere")
+    path.write_text(head + subset(folder.images), encoding="utf-8")
+    assert ("masked-loss-idle", "pets") in found(path, "--masked_loss")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("10_dog", "It looks like one itself: give the folder that it lies in"), ("dogs", "Move its images into one, or")],
+)
+def test_a_folder_a_level_off_on_the_command_line_is_refused_with_the_right_one(name, hint, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    scene("dog").save(tmp_path / name / "dog.png")
+    assert check_dataset.main(["--train_data_dir", str(tmp_path / name), "--resolution", "64"]) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_pictures_of_a_class_are_looked_at_too(tmp_path, monkeypatch):
+    code = (
+        "import numpy as np\nclass Squares:\n    def __init__(self, *_): pass\n    def __len__(self): return 2\n"
+        "    def __getitem__(self, index):\n        mask = np.full((64, 64), 255 * index, np.uint8)\n"
+        "        return {'image': np.full((64, 64, 3), 90, np.uint8), 'caption': 'a', 'mask': mask}\n"
+    )
+    (tmp_path / "squares_for_inspection.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ["--dataset_class", "squares_for_inspection.Squares", "--resolution", "64"]
+    argv += ["--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html")]
+    assert check_dataset.main(argv) == 0
+    problems = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["problems"]
+    assert [each["code"] for each in problems] == ["mask-empty", "mask-full"]
+    assert (tmp_path / "out.html").read_text(encoding="utf-8").count("<img") >= 4
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+def warnings_of_training(path: Path, caplog) -> list[str]:
+    argv = ["--dataset_config", str(path), "--network_module", "networks.lora", "--output_dir", str(path.parent)]
+    options = read_training([*argv, "--pretrained_model_name_or_path", "nowhere.safetensors"], "train_network").options
+    caplog.clear()
+    training_data.read(options, 64)
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_training_tells_what_is_found_without_a_look_at_the_pixels(folder, caplog):
+    folder.caption("bee", "a bee, watermark")
+    folder.caption("cow", "a cow, signature")
+    folder.mask("ant", np.zeros((128, 160), np.uint8))  # only a look at the pixels tells that
+    (told,) = warnings_of_training(config(folder), caplog)
+    assert told.startswith("2 captions of masked images name what masks leave out, like watermarks: bee.png, cow.png. ")
+
+
+def test_training_tells_nothing_of_a_good_dataset_and_nothing_twice(folder, caplog):
+    assert warnings_of_training(config(folder), caplog) == []
+    told = warnings_of_training(
+        config(folder, "mask_weight_min = 0.2\nmask_fill = 'mean'\nplacement_rotate = 3"), caplog
+    )
+    assert [sum(name in line for line in told) for name in ("mask_weight_min", "placement_rotate")] == [1, 1]
+    (folder.masks / "nobody.png").write_bytes((folder.masks / "ant.png").read_bytes())
+    (told,) = warnings_of_training(config(folder), caplog)
+    assert "nobody.png: not used" in told
+
+
+def test_training_tells_of_many_kinds_in_a_few_lines(folder, tmp_path, caplog):
+    folder.caption("ant", "an ant, logo")
+    folder.caption("bee", "fÃ¼r")
+    folder.caption("cow", " \n")
+    scene("tiny", (40, 32)).save(folder.images / "tiny.png")
+    ellipse((40, 32)).save(folder.masks / "tiny.png")
+    folder.caption("tiny", "tiny")
+    scene("still").save(folder.images / "still.tif")
+    (folder.images / "inner").mkdir()
+    scene("inner").save(folder.images / "inner" / "inner.png")
+    scene("ant again").save(folder.images / "ant.jpg")
+    told = warnings_of_training(config(folder), caplog)
+    assert len(told) == training_data.MOST_DOUBTS + 1
+    assert told[-1] == "2 more warnings about the data set: see tools/check_dataset.py"
