@@ -70,5 +70,7 @@ def dilate(pixels: Mask, radius: float) -> Mask:
 
 def feather(pixels: Mask, width: float) -> Mask:
     """Return a mask (H, W) with soft edges: half at the old edge, all but a twentieth of the change within width."""
+    if width < 0.5:  # of a pixel: no edge of whole pixels becomes softer
+        return pixels
     blurred = cv2.GaussianBlur(pixels.astype(np.float32), (0, 0), width / SIGMAS, borderType=cv2.BORDER_REPLICATE)
     return np.rint(blurred).clip(0, 255).astype(np.uint8)

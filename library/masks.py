@@ -63,6 +63,11 @@ class MaskSource:
     path: Path | None = None  # the mask file; only for kind "file"
     shape: MaskShape = PLAIN
 
+    @property
+    def is_given(self) -> bool:
+        """Whether somebody says what of the image is learnt."""
+        return self.kind not in ("none", "padding")
+
 
 def shrink(pixels: npt.NDArray[np.uint8]) -> Sums:
     """Return a mask at latent size, exactly: the sum of each cell's 8x8 pixels.
@@ -82,17 +87,11 @@ def to_array(sums: Sums) -> npt.NDArray[np.float32]:
     return sums.astype(np.float32) / np.float32(FULL)
 
 
-def to_weights(sums: Sums, least: float = 0.0) -> Tensor:
-    """Return the weights of one shrunk mask (h, w) as a loss takes them: (1, h, w) float32 in [least, 1].
-
-    Args:
-        sums: of the mask.
-        least: the weight of cells that weigh less, --mask_weight_min.
-    """
+def to_weights(sums: Sums) -> Tensor:
+    """Return the weights of one shrunk mask (h, w) as a loss takes them: (1, h, w) float32 in [0, 1]."""
     import torch
 
-    weights = torch.from_numpy(to_array(sums))[None]
-    return weights.clamp_(min=least) if least else weights
+    return torch.from_numpy(to_array(sums))[None]
 
 
 def kept_tokens(masks: Tensor, reach: int, patch: int = 2, multiple: int = 64) -> Tensor | None:

@@ -1,31 +1,24 @@
-"""What a saved file says about its making: the ss_*, sshs_* and modelspec.* keys that other tools read."""
+"""What a saved file says about its making: the ss_* and modelspec.* keys that other tools read."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import logging
 import mimetypes
-import struct
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from library.options.masks import MaskOptions
     from library.options.metadata import MetadataOptions
 
 log = logging.getLogger(__name__)
-
-LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000  # sshs_legacy_hash and ss_sd_model_hash look at 64 KiB at 1 MiB
 
 # the key in the file -> where the value stands in Options: group.field
 FROM_OPTIONS: Mapping[str, str] = {
@@ -120,6 +113,15 @@ DEFAULT_SIDES: Mapping[str, int] = {"sd_v2_v": 768, **dict.fromkeys(LARGE, 1024)
 
 
 @dataclass(frozen=True)
+class MaskFacts:
+    """What the files say about the masks of the training data."""
+
+    is_masked: bool = False  # of any image
+    has_alpha: bool = False  # of any image the mask is its transparency
+    num_images: int = 0  # that have a mask, with repeats, as in num_train_images
+
+
+@dataclass(frozen=True)
 class DatasetFacts:
     """What the files say about the training data."""
 
@@ -132,6 +134,7 @@ class DatasetFacts:
     # one entry a dataset, plain JSON values, with the keys of ss_datasets; each subset's with those of its "subsets".
     # tag_frequency: {folder: {tag: count}}; bucket_info: {"buckets": {i: {"resolution", "count"}}, "mean_img_ar_error"}
     datasets: tuple[Mapping[str, Any], ...]
+    masks: MaskFacts = MaskFacts()
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ def training_metadata(options: Any, dataset: DatasetFacts, run: RunFacts) -> dic
         "ss_num_validation_images": dataset.num_validation_images,
         "ss_num_batches_per_epoch": dataset.num_batches_per_epoch,
     }
+    values |= _of_masks(options.masks, dataset.masks)
     if run.vae_name:
         values["ss_vae_name"] = model_name(run.vae_name)
     if run.network_args:
@@ -195,6 +199,19 @@ def training_metadata(options: Any, dataset: DatasetFacts, run: RunFacts) -> dic
 def of_flow(options: Any) -> dict[str, Any]:
     """Return the further ss_* keys of a model that is trained on a flow."""
     return {key: attrgetter(place)(options) for key, place in FROM_OPTIONS_OF_FLOW.items()}
+
+
+def _of_masks(options: MaskOptions, facts: MaskFacts) -> dict[str, Any]:
+    """Return what is said of masks: two keys always, the others where there is something to say."""
+    values: dict[str, Any] = {"ss_masked_loss": facts.is_masked, "ss_alpha_mask": facts.has_alpha}
+    if facts.is_masked:
+        values["ss_num_masked_images"] = facts.num_images
+    for each in fields(options):
+        key, value = f"ss_{each.name}", getattr(options, each.name)
+        if key not in values and value not in (each.default, None):
+            is_folder = each.name == "conditioning_data_dir"
+            values[key] = Path(value).name if is_folder else json.dumps(value) if isinstance(value, tuple) else value
+    return values
 
 
 def _with_config(facts: DatasetFacts) -> dict[str, Any]:
@@ -336,65 +353,3 @@ def commit_hash() -> str:
     except (OSError, subprocess.SubprocessError):
         return "(unknown)"
     return done.stdout.strip()
-
-
-def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata with sshs_model_hash and sshs_legacy_hash of the file that tensors will make.
-
-    Args:
-        tensors: exactly as they will be written, dtype included.
-        metadata: of the file.
-    """
-    model_hash, legacy_hash = hashes(tensors, metadata)
-    return {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
-
-
-def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """Return (sshs_model_hash, sshs_legacy_hash), by which web UIs know a LoRA whatever its title says.
-
-    Both are of the safetensors file with the ss_ keys alone in its header: the first a sha256 of all tensor bytes, the
-    second the first 8 digits of that of 64 KiB at 1 MiB, header included. Nothing is serialised for it: the bytes go to
-    the hash tensor by tensor.
-    """
-    order = _file_order(tensors)
-    header = _header(tensors, order, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    whole, part = hashlib.sha256(), hashlib.sha256()
-    position = 0
-    for content, is_data in _contents(header, tensors, order):
-        start = max(LEGACY_START - position, 0)
-        part.update(content[start : max(LEGACY_START + LEGACY_BYTES - position, start)])
-        if is_data:
-            whole.update(content)
-        position += len(content)
-    return whole.hexdigest(), part.hexdigest()[:8]
-
-
-def _contents(
-    header: bytes, tensors: Mapping[str, Tensor], order: Iterable[tuple[str, str]]
-) -> Iterator[tuple[memoryview, bool]]:
-    """Yield the pieces of a safetensors file, and whether they are tensor data."""
-    yield memoryview(header), False
-    for name, _ in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        content: Any = flat.view(torch.uint8).numpy()
-        yield memoryview(content), True
-
-
-def _file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Return (name, dtype as safetensors calls it) in the order of the file, which safetensors decides."""
-    empty = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}
-    blob = safetensors.torch.save(empty)
-    (length,) = struct.unpack("<Q", blob[:8])
-    return [(name, entry["dtype"]) for name, entry in json.loads(blob[8 : 8 + length]).items()]
-
-
-def _header(tensors: Mapping[str, Tensor], order: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> bytes:
-    """Return the beginning of the safetensors file: the header's length, the header, blanks up to a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, dtype in order:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        entries[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import CheckpointError
-from library.metadata import with_hashes
+from library.file_hashes import with_hashes
 from library.models.family import LoraTarget
 from library.models.layout import lora_names
 from library.whole_file import whole_file

@@ -26,6 +26,8 @@ LEVELS = {
     "library.losses": 2,
     "library.batch": 2,
     "library.metadata": 2,
+    "library.file_hashes": 2,
+    "library.pages": 2,
     "library.progress": 2,
     "library.whole_file": 2,
     "library.mask_shaping": 3,
@@ -34,10 +36,12 @@ LEVELS = {
     "library.cache": 4,
     "library.dataset": 5,
     "networks": 5,
-    "library.training": 6,
-    "library.cli": 7,
+    "library.inspection": 6,
+    "library.mask_making": 6,
+    "library.training": 7,
+    "library.cli": 8,
 }
-ENTRY_LEVEL = 8
+ENTRY_LEVEL = 9
 # The only places in library/ that read a command line, set up logging or end the process.
 COMMAND_LINE = {"library/cli.py", "library/options/declare.py"}
 

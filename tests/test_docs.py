@@ -24,7 +24,7 @@ from networks import (
     sdxl_merge_lora,
     svd_merge_lora,
 )
-from tools import merge_sd3_safetensors
+from tools import mask_images, merge_sd3_safetensors, pad_buckets
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -34,6 +34,7 @@ FOREIGN_FLAGS = {"extra-index-url", "num_cpu_threads_per_process", "logdir"}  # 
 FOREIGN_FLAGS |= {"multi_gpu", "num_processes", "nproc_per_node", "use_deepspeed"}  # of launchers
 FOREIGN_FLAGS |= {"use_fsdp", "fsdp_version", "fsdp_reshard_after_forward", "fsdp_offload_params"}
 FOREIGN_FLAGS |= {"fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap"}
+FOREIGN_FLAGS |= {"no-deps"}  # of pip
 FOREIGN_FLAGS |= {"diffusers_xformers"}  # of sd-scripts
 PLACEHOLDERS = {"name"}
 GUIDES_CONFIG = "my_sd3_dataset_config.toml"  # of a command that is shown as sd-scripts' guide has it
@@ -47,6 +48,7 @@ COMMANDS = {  # of networks/ and tools/ -> what declares their options
     "resize_lora.py": resize_lora.ResizeOptions,
     "merge_sd3_safetensors.py": merge_sd3_safetensors.PackOptions,
 }
+TOOLS = {"pad_buckets.py": (pad_buckets.PadOptions, pad_buckets.read, "placement.md")}  # and where each is described
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 
 
@@ -67,7 +69,8 @@ def has_heading(page: Path, fragment: str) -> bool:
 def known_options() -> set[str]:
     """Return the name of every option of training, those that are refused or ignored included."""
     names = set(all_declared()) | {each.name for each in (*REFUSED, *IGNORED, *GRANTED)} | set(OTHER_SCRIPTS)
-    names |= {each.name for group in COMMANDS.values() for each in declared(group)}
+    names |= {each.name for group in (*COMMANDS.values(), *mask_images.GROUPS.values()) for each in declared(group)}
+    names |= {each.name for group, _, _ in TOOLS.values() for each in declared(group)}
     return names | {CONFIG_FILE.name, OUTPUT_CONFIG.name}
 
 
@@ -168,6 +171,39 @@ def test_every_option_of_the_commands_of_networks_is_described():
     text = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
     names = {each.name for group in COMMANDS.values() for each in declared(group)}
     assert not [name for name in names if f"--{name}" not in text]
+
+
+def test_every_option_of_the_command_that_makes_masks_is_described():
+    names = {each.name for group in mask_images.GROUPS.values() for each in declared(group)}
+    for page in (ROOT / "docs" / "mask-images.md", ROOT / "docs" / "ja" / "mask-images.md"):
+        text = page.read_text(encoding="utf-8")
+        assert not [name for name in names if f"--{name}" not in text]
+
+
+def shown_tools():
+    """Return each command of a tool as the pages show it: page, tool, arguments."""
+    found = []
+    for page in PAGES:
+        for language, block in CODE_BLOCK.findall(page.read_text(encoding="utf-8")):
+            lines = block.replace("\\\n", " ").splitlines() if language == "bash" else []
+            said = [re.match(r"python tools/(\w+\.py) (.*)", line) for line in lines]
+            found += [(name_of(page), match[1], match[2]) for match in said if match and match[1] in TOOLS]
+    return found
+
+
+@pytest.mark.parametrize(("place", "tool", "arguments"), shown_tools())
+def test_every_command_of_a_tool_that_is_shown_is_understood(place, tool, arguments):
+    _, read, _ = TOOLS[tool]
+    assert read(shlex.split(arguments))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_option_of_a_tool_is_described(tool):
+    group, _, page = TOOLS[tool]
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert not [
+        each.name for each in declared(group) if f"--{each.name}" not in text and not each.name.endswith("put_dir")
+    ]
 
 
 def test_every_key_of_a_data_set_config_is_described():

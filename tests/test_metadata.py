@@ -1,28 +1,23 @@
 """What saved files say about their making."""
 
 import base64
-import hashlib
 import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
-from safetensors import safe_open
 
 from library import metadata
-from library.metadata import DatasetFacts, RunFacts
+from library.metadata import DatasetFacts, MaskFacts, RunFacts
 from library.options.flow import FlowOptions
 from library.options.groups import Options
+from library.options.masks import MaskOptions
 from library.options.metadata import MetadataOptions
 from library.options.network import NetworkOptions
 from library.options.saving import SavingOptions
 from library.options.sd3 import Sd3Options
 
 DATA = Path(__file__).parent / "data"
-TINY = sorted(DATA.glob("*/lora_tiny_*.safetensors"))
 REFERENCE = json.loads((DATA / "metadata" / "sd15_run.json").read_text(encoding="utf-8"))
 
 PHOTOS = {"image_dir": "photos", "img_count": 6, "num_repeats": 5, "is_reg": False}
@@ -58,58 +53,12 @@ def run_facts(**changes: object) -> RunFacts:
     return replace(run, **changes)
 
 
-def naive_hashes(tensors: dict[str, torch.Tensor], values: dict[str, str]) -> tuple[str, str]:
-    """Return the hashes by their definition, over a whole file in memory."""
-    kept = {key: value for key, value in values.items() if key.startswith("ss_")}
-    blob = safetensors.torch.save(tensors, kept or None)
-    (length,) = struct.unpack("<Q", blob[:8])
-    part = blob[0x100000 : 0x100000 + 0x10000]
-    return hashlib.sha256(blob[8 + length :]).hexdigest(), hashlib.sha256(part).hexdigest()[:8]
-
-
-@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
-def test_hashes_equal_those_that_sd_scripts_wrote(path: Path) -> None:
-    with safe_open(path, "pt") as file:
-        written = file.metadata()
-    hashes = metadata.hashes(safetensors.torch.load_file(path), written)
-    assert hashes == (written["sshs_model_hash"], written["sshs_legacy_hash"])
-
-
-def test_there_are_reference_files() -> None:
-    assert len(TINY) >= 2
-
-
-@pytest.mark.parametrize("size", [100, 262_000, 262_144, 270_000, 300_000], ids="{} numbers".format)
-def test_hashes_equal_the_naive_ones_wherever_a_tensor_meets_the_legacy_window(size: int) -> None:
-    torch.manual_seed(0)
-    tensors = {
-        "b.alpha": torch.tensor(4.0, dtype=torch.bfloat16),
-        "a.weight": torch.randn(size),
-        "c.weight": torch.randn(40, 30).half(),
-        "d.transposed": torch.randn(5, 7).T,
-        "e.count": torch.tensor([1, 2, 3]),
-    }
-    tensors["d.transposed"] = tensors["d.transposed"].contiguous()
-    values = {"ss_output_name": 'é "quoted" \\ \n\t\x01 猫', "modelspec.title": "not in the hash"}
-    assert metadata.hashes(tensors, values) == naive_hashes(tensors, values)
-
-
-def test_a_transposed_tensor_hashes_as_it_is_written() -> None:
-    tensor = torch.arange(12.0).reshape(3, 4)
-    assert metadata.hashes({"x": tensor.T}, {}) == naive_hashes({"x": tensor.T.contiguous()}, {})
-
-
-def test_the_title_does_not_change_the_hashes() -> None:
-    tensors = {"x": torch.ones(3)}
-    assert metadata.hashes(tensors, {"modelspec.title": "a"}) == metadata.hashes(tensors, {"modelspec.title": "b"})
-
-
 def test_a_run_with_a_dataset_config_writes_the_keys_of_sd_scripts() -> None:
     ours = metadata.training_metadata(Options(), facts(), run_facts())
     ours = metadata.at_save(ours, step=10, epoch=3)
     # the base model's hashes come from their own thread
     theirs = {key for key in REFERENCE if key.startswith("ss_")} - {"ss_sd_model_hash", "ss_new_sd_model_hash"}
-    assert set(ours) == theirs
+    assert set(ours) == {*theirs, "ss_masked_loss", "ss_alpha_mask"}
 
 
 def test_defaults_are_written_as_sd_scripts_writes_them() -> None:
@@ -281,3 +230,36 @@ def test_the_output_name_and_comment_come_from_the_saving_options() -> None:
     options = Options(saving=SavingOptions(output_name="cat", training_comment="first try"))
     ours = metadata.training_metadata(options, facts(), run_facts())
     assert (ours["ss_output_name"], ours["ss_training_comment"]) == ("cat", "first try")
+
+
+def test_a_run_without_masks_says_so_and_nothing_else_of_masks() -> None:
+    written = metadata.training_metadata(Options(), facts(), run_facts())
+    assert {key: value for key, value in written.items() if "mask" in key} == {
+        "ss_masked_loss": "False",
+        "ss_alpha_mask": "False",
+    }
+
+
+def test_a_masked_run_tells_how_many_images_and_the_settings_of_the_command_line() -> None:
+    options = Options(
+        masks=MaskOptions(
+            masked_loss=True,
+            conditioning_data_dir="some/where/masks",
+            mask_fill=("noise", "mean"),
+            mask_area_norm=0.5,
+            mask_drop_tags=("hat",),
+            placement_scale="0.5,1.0",
+        )
+    )
+    masks = MaskFacts(is_masked=True, has_alpha=True, num_images=12)
+    written = metadata.training_metadata(options, replace(facts(), masks=masks), run_facts())
+    plain = metadata.training_metadata(Options(), facts(), run_facts())
+    assert {key: value for key, value in written.items() if plain.get(key) != value} == {
+        "ss_masked_loss": "True",
+        "ss_alpha_mask": "True",
+        "ss_num_masked_images": "12",
+        "ss_conditioning_data_dir": "masks",
+        "ss_mask_fill": '["noise", "mean"]',
+        "ss_mask_area_norm": "0.5",
+        "ss_mask_drop_tags": '["hat"]',
+    }

@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 GOOD, HAS_ERRORS, WRONG_USE = 0, 1, 2  # exit codes
 SHOWN = ("dataset", "captions", "masks", "validation")  # groups in --help
 BUCKET_STEP_MULTIPLE = 64  # of SD 1.x and 2.x
+WRITTEN = ("json", "masks", "contact_sheet", "html")  # flags that name what is written
+SEVERITIES = ("error", "warning", "note")
 
 
 def add_own(parser: Parser) -> None:
     """Add the command's own flags."""
     section = parser.add_argument_group("findings")
-    section.add_argument("--json", metavar="FILE", help="Write all findings to this file. Reads the masks' pixels.")
+    section.add_argument("--full", action="store_true", help="Look at all pixels too, as each of the following does.")
+    section.add_argument("--html", metavar="FILE", help="Write a page with all findings and pictures of them.")
+    section.add_argument("--json", metavar="FILE", help="Write all findings to this file.")
     section.add_argument("--masks", metavar="DIR", help="Write the weights at latent size there, float32 .npy (h, w).")
     section.add_argument("--contact_sheet", metavar="FILE.png", help="Draw the pictures with their masks over them.")
 
@@ -44,41 +48,66 @@ def check(read: CommandLine) -> int:
 
     Raises: UserError if the options or the config cannot be used, or a file cannot be written.
     """
-    from library.dataset import config, inspection, own_class, summary
+    from library.dataset import config, own_class, summary
     from library.dataset.problems import Problem
     from library.dataset.scan import check_masked_loss
     from library.errors import OptionError
+    from library.inspection import decoding, findings_file, page
+    from library.inspection.inspect import inspect, once
+    from library.inspection.scene import Scene
 
-    options, wanted = read.options, {name: Path(value) for name, value in read.own.items() if value}
+    options, wanted = read.options, {name: Path(value) for name, value in read.own.items() if name in WRITTEN and value}
     groups = (options.dataset, options.captions, options.masks, options.validation)
     configs = config.load(*groups, bucket_step_multiple=BUCKET_STEP_MULTIPLE)
     found = own_class.scan_any(configs, options.dataset, options.model.max_token_length)
-    problems, samples = list(found.problems), found.samples + found.validation
+    samples = found.samples + found.validation
+    is_full = bool(wanted or read.own.get("full"))
+    looked = decoding.look_at(samples, weights=wanted.get("masks"), thumbnails="html" in wanted) if is_full else []
+    problems = inspect(configs, found, looked)
     try:
         check_masked_loss(options.masks.masked_loss, samples)
     except OptionError as error:
-        problems.append(Problem("error", configs[0].subsets[0].source, str(error)))
-
-    coverages = inspection.read_masks(samples, wanted.get("masks")) if wanted else None
-    if coverages is not None:
-        problems += inspection.mask_problems(samples, coverages)
+        problems.append(Problem("error", configs[0].subsets[0].source, str(error), code="masked-loss-idle"))
     if "contact_sheet" in wanted:
-        problems += draw_sheet(samples, wanted["contact_sheet"])
-    if "json" in wanted and coverages is not None:
-        inspection.write_json(inspection.as_json(found, coverages, problems), wanted["json"])
+        known = {problem.path for problem in problems if problem.severity == "error"}
+        problems += [each for each in draw_sheet(samples, wanted["contact_sheet"]) if each.path not in known]
+    problems = once(problems)
+    if "html" in wanted:
+        scene = Scene(configs, found, looked)
+        title = page.title_of(scene, options.dataset.dataset_config)
+        page.write_page(wanted["html"], title, scene, problems)
+    if "json" in wanted:
+        findings_file.write_json(findings_file.as_json(found, looked, problems), wanted["json"])
 
     print(*summary.lines(configs, found.samples, found.validation), sep="\n")
-    mean = inspection.mean_weight(samples, coverages) if coverages is not None else None
-    print(summary.mask_line(samples, mean_weight=mean))
-    if coverages is not None and (line := inspection.coverage_line(samples, coverages)):
+    print(summary.mask_line(samples, mean_weight=findings_file.mean_weight(looked)))
+    if line := findings_file.coverage_line(looked):
         print(line)
-    num_errors = sum(problem.severity == "error" for problem in problems)
-    print(f"problems: {num_errors} errors, {len(problems) - num_errors} warnings")
-    for problem in sorted(problems, key=lambda each: each.severity):
-        print(f"  {problem.severity}: {problem.message}")
+    tell(problems)
+    if not is_full:
+        print("only names, headers and settings were looked at: --full, or --html FILE, looks at the pixels too")
     for name, path in wanted.items():
         print(f"{name.replace('_', ' ')}: {path}")
-    return HAS_ERRORS if num_errors else GOOD
+    return HAS_ERRORS if any(problem.severity == "error" for problem in problems) else GOOD
+
+
+def tell(problems: Sequence[Problem]) -> None:
+    """Print all problems, the worst first; of notes a line for each kind."""
+    from library.dataset.problems import joint_messages
+
+    counts = {severity: sum(each.severity == severity for each in problems) for severity in SEVERITIES}
+    more = f", {counts['note']} notes" if counts["note"] else ""
+    print(f"problems: {counts['error']} errors, {counts['warning']} warnings{more}")
+    for problem in sorted(problems, key=lambda each: SEVERITIES.index(each.severity)):
+        if problem.severity != "note":
+            print(f"  {problem.severity}: {problem.message} [{problem.code}]")
+    notes_by_code: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if problem.severity == "note":
+            notes_by_code.setdefault(problem.code, []).append(problem)
+    for code, alike in notes_by_code.items():
+        for message in joint_messages(alike):
+            print(f"  note: {message} [{code}]")
 
 
 def draw_sheet(samples: Sequence[Sample], path: Path) -> list[Problem]:
@@ -89,7 +118,7 @@ def draw_sheet(samples: Sequence[Sample], path: Path) -> list[Problem]:
     cells = contact_sheet.cells(samples)
     contact_sheet.assemble([cell for cell in cells.values() if not isinstance(cell, UserError)], len(samples), path)
     broken = [(sample.path, str(cell)) for sample, cell in cells.items() if isinstance(cell, UserError)]
-    return [Problem("error", path, message) for path, message in broken]
+    return [Problem("error", path, message, code="image-unreadable") for path, message in broken]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library.dataset import buckets, mask_settings
+from library.dataset import buckets, cut_settings, mask_settings
 from library.dataset.geometry import Size
 from library.dataset.schema import (
     DATASET_KEYS,
@@ -80,7 +80,7 @@ class SubsetConfig:
     mask_area_floor: float = 0.01  # the least mean weight to divide by
     unmasked_probability: float = 0.0
     mask_prior_weight: float = 0.0
-    mask_drop_tags: tuple[str, ...] | Mapping[str, str] = ()  # tags, or tags with the label of each
+    mask_drop_tags: tuple[str | tuple[str, str], ...] = ()  # tags, or (tag, label) of each
     mask_captions: bool = False
     mask_aware_crop: bool = False
     mask_aware_zoom: float = 1.0
@@ -230,7 +230,8 @@ def _read_subset(source: Path, place: str, table: Any) -> Level:
     if not has_file and level.values.get("image_dir") is None:
         raise OptionError(f"{source}: {place} has no image_dir. Name the folder of the images, or a metadata_file.")
     for key in ("caption_extension", "cache_info"):
-        if has_file and key in level.values:
+        is_of_masks = key == "caption_extension" and level.values.get("mask_captions")
+        if has_file and key in level.values and not is_of_masks:
             log.warning("%s: %s.%s has no effect with metadata_file", source, place, key)
     return level
 
@@ -290,6 +291,7 @@ def _resolve_subset(table: Level, index: int, inherited: Sequence[Level], *, is_
         image_dir = values["metadata_file"].parent
     subset = SubsetConfig(image_dir=image_dir, index=index, **values)
     mask_settings.check(table.place, subset)
+    cut_settings.check(table.place, subset)
     return subset
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from library.dataset import captions, files, images, looks
+from library.dataset import captions, files, images, looks, mask_captions
 from library.dataset.geometry import Pixels
 from library.dataset.scan import Sample
 from library.errors import DataError
@@ -82,7 +82,7 @@ def _draw_cell(sample: Sample) -> Image.Image:
     canvas = ImageDraw.Draw(cell)
     size = "{}x{}".format(*sample.transform.target)
     rows = [(f"{sample.path.name}  {size}{'  regularisation' * sample.is_reg}", INK), (_share(sample, weights), INK)]
-    caption = captions.preview(sample.captions, sample.subset)
+    caption = captions.preview(sample.captions, sample.subset, mask_captions.left_out(sample))
     rows += [(line, PALE_INK) for line in _wrapped(caption)]
     for number, (text, colour) in enumerate(rows):
         canvas.text((0, SIDE + 4 + number * LINE_HEIGHT), _cut(text), colour, _font())
@@ -99,7 +99,9 @@ def veiled(pixels: Pixels, weights: Weights) -> Pixels:
 def _share(sample: Sample, weights: Weights | None) -> str:
     if weights is None:
         return "no mask: all is learnt"
-    source = "alpha channel" if sample.mask.kind == "alpha" else "of the class"
+    source = {"alpha": "alpha channel", "padding": "none, but for the free canvas"}.get(
+        sample.mask.kind, "of the class"
+    )
     if sample.mask.path is not None:
         source = sample.mask.path.name
     fills = [look.fill.kind for look in looks.looks_of(sample)]

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 from PIL import Image, features
 
 from library.dataset.geometry import Size
+from library.dataset.problems import FileError
 from library.errors import DataError
 from library.progress import progress
 from library.whole_file import whole_file
@@ -73,22 +74,31 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> Header:
-    """Return the size, orientation and transparency of an image. Raises: DataError naming the file."""
+    """Return the size, orientation and transparency of an image. Raises: FileError naming the file."""
     try:
         with Image.open(path) as image:
             if _needs_decoding(path, image.format):
                 image.load()
             if image.mode == "F":
-                raise DataError(f"{path}: has floating-point pixels. Save it with 8 or 16 bits a channel.")
+                reason = f"{path}: has floating-point pixels."
+                raise FileError("unreadable", reason, "Save it with 8 or 16 bits a channel.")
             # The base class reads what is there; a PNG's own method would decode the picture to look for more.
             orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
             if orientation not in range(1, 9):
                 orientation = 1
             size = image.size[::-1] if orientation in QUARTER_TURNS else image.size
             return Header((size[0], size[1]), orientation, image.has_transparency_data)
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        most = f"{2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels"
+        raise FileError("image-too-large", f"{path}: has more than {most}.", "Save it smaller.") from None
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        if (fingerprint(path) or [0, -1])[1] == 0:
+            raise FileError(
+                "file-empty", f"{path}: has no content, 0 bytes.", "Copy it again, or take it away."
+            ) from None
         reason = "not an image" if "cannot identify" in str(error) else str(error)
-        raise DataError(f"{path}: cannot be read as an image ({reason}). Save it again, or take it away.") from None
+        reason = f"{path}: cannot be read as an image ({reason})."
+        raise FileError("unreadable", reason, "Save it again, or take it away.") from None
 
 
 def _needs_decoding(path: Path, image_format: str | None) -> bool:
@@ -136,8 +146,12 @@ def read_all(
             return error
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(attempt, items)
-        return list(results if label is None else progress(results, label=label, total=len(items)))
+        try:
+            results = pool.map(attempt, items)
+            return list(results if label is None else progress(results, label=label, total=len(items)))
+        except BaseException:  # Ctrl-C: what has not begun is left out
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def load_info(folder: Path) -> dict[Path, Header]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,9 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from library.dataset import placement
+from library.dataset.placement import Placement
 from library.errors import OptionError, did_you_mean
 
 Size = tuple[int, int]  # (width, height)
+Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels from left to before right
 Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, C)
 
 OPENCV_FILTERS: Mapping[str, int] = MappingProxyType(
@@ -40,10 +44,12 @@ class Transform:
 
     source: Size  # the image as seen, its EXIF orientation applied
     resized: Size
-    crop: tuple[int, int]  # left, top of the cut in the resized image
+    crop: tuple[int, int]  # left, top of the cut in the resized image, turned if it is placed
     target: Size  # the bucket
     interpolation: str | None = None  # None: area where neither side grows, else Lanczos
     flip: bool = False  # mirrored left to right after the cut
+    reach: Box | None = None  # least left and top, most left and top of a drawn cut; None: anywhere
+    placement: Placement | None = None  # None: the picture fills its bucket
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,24 @@ def apply(transform: Transform, pixels: Pixels) -> Pixels:
 
     The pixels may be an image or a mask of another size with the same proportions: both end at transform.resized, so
     that one cut fits both. Every channel is resized alone: colours under a transparent pixel stay what they are.
+    Where a placed picture leaves the canvas free, a mask is black, and colours go on as they are at the edge.
     """
     resized = resize(pixels, transform.resized, transform.interpolation)
     (left, top), (width, height) = transform.crop, transform.target
-    cut = resized[top : top + height, left : left + width]
+    if transform.placement is not None:
+        cut = placement.warp(transform, resized)
+    else:
+        cut = resized[top : top + height, left : left + width]
     assert cut.shape[:2] == (height, width), f"the cut leaves the image: {transform}"
     return np.ascontiguousarray(cut[:, ::-1] if transform.flip else cut)
+
+
+def coverage(transform: Transform) -> Pixels:
+    """Return (h, w) uint8, how much of each of the bucket's pixels the picture covers: 255 but where it is placed."""
+    width, height = transform.resized
+    if transform.placement is None:
+        return np.full(transform.target[::-1], 255, np.uint8)
+    return apply(transform, np.full((height, width), 255, np.uint8))
 
 
 def resize(pixels: Pixels, size: Size, interpolation: str | None) -> Pixels:
@@ -120,7 +138,8 @@ def draw(transform: Transform, settings: Augmentation, rng: random.Random, *, fa
         transform = _cut_round_face(transform, face, settings.face_crop_aug_range, settings.random_crop, rng)
     elif settings.random_crop:
         (resized_w, resized_h), (width, height) = transform.resized, transform.target
-        crop = (int(across * (resized_w - width + 1)), int(down * (resized_h - height + 1)))
+        left, top, most_left, most_top = transform.reach or (0, 0, resized_w - width, resized_h - height)
+        crop = (left + int(across * (most_left - left + 1)), top + int(down * (most_top - top + 1)))
         transform = replace(transform, crop=crop)
     return replace(transform, flip=settings.flip_aug and mirror < 0.5)
 
@@ -175,8 +194,25 @@ class SizeConditioning:
 
 
 def size_conditioning(transform: Transform) -> SizeConditioning:
-    """Return the sizes as they truly are: the crop is the cut that was made, seen in the mirrored image if mirrored."""
-    left, top = transform.crop
+    """Return the sizes as they truly are: the crop is the cut that was made, seen in the mirrored image if mirrored.
+
+    Of a placed picture the original is the smallest upright canvas that holds both picture and bucket, as large as it
+    would be in pixels of the file: so a picture shown small counts as sharp, as it is.
+    """
+    if transform.placement is None:
+        source, canvas, (left, top) = transform.source, transform.resized, transform.crop
+    else:
+        turned = placement.turned_size(transform.resized, transform.placement.angle)
+        left, top = (max(0, start) for start in transform.crop)
+        ends = [max(turned[axis], transform.crop[axis] + transform.target[axis]) for axis in (0, 1)]
+        canvas = (ends[0] + left - transform.crop[0], ends[1] + top - transform.crop[1])
+        source = _in_pixels_of_file(canvas, transform)
     if transform.flip:
-        left = transform.resized[0] - transform.target[0] - left
-    return SizeConditioning(transform.source[::-1], (top, left), transform.target[::-1])
+        left = canvas[0] - transform.target[0] - left
+    return SizeConditioning(source[::-1], (top, left), transform.target[::-1])
+
+
+def _in_pixels_of_file(canvas: Size, transform: Transform) -> Size:
+    (width, height), (resized_w, resized_h) = transform.source, transform.resized
+    scale = math.sqrt(width * height / (resized_w * resized_h))
+    return int(canvas[0] * scale + 0.5), int(canvas[1] * scale + 0.5)

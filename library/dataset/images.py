@@ -15,8 +15,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from library import isolation, mask_shaping
-from library.dataset import geometry, label_maps, looks
-from library.dataset.geometry import Pixels, Size, Transform
+from library.dataset import geometry, label_maps, looks, placement
+from library.dataset.geometry import Box, Pixels, Size, Transform
 from library.dataset.label_maps import Labels
 from library.errors import DataError
 from library.masks import MaskSource, Sums, shrink, to_array
@@ -47,6 +47,7 @@ class Given:
     transform: Transform  # into the bucket, cut in the middle
     weight: float  # of its loss
     has_mask: bool  # which may be None, for a picture that is learnt whole
+    region: Box | None = None  # that its mask lets be learnt, in its pixels, where that is asked for
 
 
 def of_sample(sample: Sample, *, seed: str = "") -> tuple[Decoded, Sample, float]:
@@ -65,9 +66,10 @@ def of_sample(sample: Sample, *, seed: str = "") -> tuple[Decoded, Sample, float
     given = sample.give(seed)
     if given.transform.target != sample.transform.target:
         raise DataError(f"{sample.path}: its image is not as large as the size() of its class says.")
-    if given.has_mask and sample.mask.kind == "none":
+    if given.has_mask and sample.mask.kind in ("none", "padding"):
         raise DataError(f'{sample.path}: has a mask, and the first picture has none. Let that have "mask": None.')
-    return given.image, replace(sample, captions=given.captions, transform=given.transform), given.weight
+    shown = replace(sample, captions=given.captions, transform=given.transform, region=given.region)
+    return given.image, shown, given.weight
 
 
 def read_image(path: Path, *, want_alpha: bool) -> Decoded:
@@ -120,20 +122,29 @@ def decode_mask(data: bytes, path: Path, labels: Labels = ()) -> Pixels:
 
     Raises: DataError.
     """
+    return mask_values(open_mask(data, path), path, labels)
+
+
+def open_mask(data: bytes, path: Path) -> Image.Image:
+    """Return a mask file's bytes as a picture of whatever mode, upright. Raises: DataError."""
     try:
         with Image.open(io.BytesIO(data)) as file:
-            image = _upright(file)
-            if labels:
-                return label_maps.weights_of(image, labels, path)
-            if image.mode.startswith("I") or image.mode == "F":
-                return _grey_8_bit(image, path)
-            if image.mode in ("L", "LA"):
-                return np.asarray(image.getchannel(0))
-            if image.mode == "P":  # straight to RGB would warn about palettes with transparency
-                image = image.convert("RGBA")
-            return np.asarray(image.convert("RGB").getchannel(0))
+            return _upright(file)
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
+
+
+def mask_values(image: Image.Image, path: Path, labels: Labels = ()) -> Pixels:
+    """Return a mask that has been opened as (H, W) uint8; see decode_mask. Raises: DataError."""
+    if labels:
+        return label_maps.weights_of(image, labels, path)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_8_bit(image, path)
+    if image.mode in ("L", "LA"):
+        return np.asarray(image.getchannel(0))
+    if image.mode == "P":  # straight to RGB would warn about palettes with transparency
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB").getchannel(0))
 
 
 def _upright(file: Image.Image) -> Image.Image:
@@ -228,8 +239,13 @@ def mask_of(image: Decoded | None, source: MaskSource, size: Size, *, data: byte
 
 
 def shrunk(mask: Pixels | None, transform: Transform) -> Sums | None:
-    """Return a mask (H, W) at latent size (h, w), cut as transform cuts its image; None: it weighs 1 everywhere."""
-    return None if mask is None else shrink(geometry.apply(transform, mask))
+    """Return a mask (H, W) at latent size (h, w), cut as transform cuts its image; None: it weighs 1 everywhere.
+
+    The canvas that a placed image leaves free weighs nothing, whether the image has a mask or none.
+    """
+    if mask is None:
+        return None if transform.placement is None else shrink(geometry.coverage(transform))
+    return shrink(geometry.apply(transform, mask))
 
 
 def mask_in_bucket(image: Decoded | None, source: MaskSource, transform: Transform) -> Sums | None:
@@ -261,7 +277,24 @@ def see(image: Decoded, mask: Pixels | None, look: Look, path: Path) -> Seen:
     if mask is not None and not look.fill.is_keep:
         grain = max(1, round(look.transform.source[0] / look.transform.resized[0]))
         image = replace(image, rgb=isolated(image.rgb, mask, look.fill, looks.seed_of(path), grain))
-    return Seen(in_bucket(image, look.transform, path), shrunk(mask, look.transform))
+    pixels = in_bucket(image, look.transform, path)
+    if look.transform.placement is not None:
+        pixels = _on_canvas(pixels, mask, look, path)
+    return Seen(pixels, shrunk(mask, look.transform))
+
+
+def _on_canvas(pixels: Pixels, mask: Pixels | None, look: Look, path: Path) -> Pixels:
+    """Return the colours (h, w, 3) of a placed image with the canvas that it leaves free filled as the look says.
+
+    Its fill, too, is made only of what is not masked out; the picture's mean colour stands for keep.
+    """
+    coverage = geometry.coverage(look.transform)
+    if coverage.min() == 255:
+        return pixels
+    if look.fill.is_keep:
+        return placement.over_canvas(pixels, coverage, placement.mean_colour(pixels, coverage))
+    shown = coverage if mask is None else geometry.apply(look.transform, mask)
+    return isolation.fill(pixels, shown, look.fill, looks.seed_of(path))
 
 
 def isolated(rgb: Pixels, mask: Pixels, fill: Fill, seed: str, grain: int = 1) -> Pixels:
@@ -280,7 +313,7 @@ def read_training_pixels(sample: Sample) -> Pixels:
     Raises: DataError.
     """
     image, sample, _ = of_sample(sample)
-    look = looks.looks_of(sample)[0]
+    look = looks.first_of(sample)
     mask = None if look.fill.is_keep else mask_of(image, sample.mask, sample.transform.source)
     return see(image, mask, look, sample.path).pixels
 
@@ -293,7 +326,7 @@ def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:
     image = None
     if sample.mask.kind in ("alpha", "own"):
         image, sample, _ = of_sample(sample)
-    sums = mask_in_bucket(image, sample.mask, sample.transform)
+    sums = mask_in_bucket(image, sample.mask, looks.first_of(sample).transform)
     return None if sums is None else to_array(sums)
 
 

@@ -181,7 +181,8 @@ def _wanted(key: Key, *, needs_flipped: bool, settings: LatentSettings) -> Wante
 
 def _in_words(transform: Transform) -> str:
     sizes = (transform.source, transform.resized, transform.crop, transform.target)
-    return " ".join(f"{a}x{b}" for a, b in sizes) + f" {transform.interpolation or 'default'}"
+    placed = "" if transform.placement is None else f" {transform.placement.in_words()}"
+    return " ".join(f"{a}x{b}" for a, b in sizes) + f" {transform.interpolation or 'default'}{placed}"
 
 
 def _restamp(place: Path, key: Key, verdict: Verdict) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.batch import Batch, Share
 from library.cache.fill import to_images
 from library.cache.store import LatentStore, TextStore
-from library.dataset import captions, geometry, images, looks, plan
+from library.dataset import captions, geometry, images, looks, mask_captions, placement, plan
 from library.dataset.geometry import Pixels, SizeConditioning
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
@@ -137,6 +137,7 @@ class DrawnImages(DrawsDataset):
         if self.store is None:
             image, sample, weight = images.of_sample(sample, seed=f"{seed} {draw.epoch} {draw.repeat}")
         is_masked = looks.is_shown_masked(sample, plan.rng(seed, draw, f"{name} mask"))
+        is_whole = image is not None and sample.give is not None and image.alpha is None  # a class may give no mask
         caption = captions.compose(
             sample.captions,
             sample.subset,
@@ -144,17 +145,23 @@ class DrawnImages(DrawsDataset):
             epoch=draw.epoch,
             step=draw.step,
             max_train_steps=self._settings.max_train_steps,
+            left_out=mask_captions.left_out(sample) if is_masked and not is_whole else captions.NO_TAGS,
         )
         face = None if self.store is not None else geometry.face_in_name(sample.path)
         choices = looks.looks_of(sample)
         number = looks.draw(len(choices), plan.rng(seed, draw, f"{name} look"))
         look = choices[number]
         transform = geometry.draw(look.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
+        if self.store is None and sample.subset.random_placement:
+            placed_by = plan.rng(seed, draw, f"{looks.seed_of(sample.path)} placement")
+            transform = placement.draw(transform, sample.subset, placed_by, sample.region)
         sizes = geometry.size_conditioning(transform)
         if image is None:
             assert self.store is not None
             latents, mask = self.store.get(draw.sample, flip=transform.flip, look=number)
-            return _Item(caption, None, latents, mask if is_masked else None, sizes)
+            if sample.mask.is_given and not is_masked:
+                mask = images.shrunk(None, transform)
+            return _Item(caption, None, latents, mask, sizes)
         mask_pixels = images.mask_of(image, sample.mask, transform.source) if is_masked else None
         seen = images.see(image, mask_pixels, replace(look, transform=transform), sample.path)
         pixels = seen.pixels

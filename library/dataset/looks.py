@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from library.dataset import placement
 from library.isolation import KEEP, Fill, FillKind
 
 if TYPE_CHECKING:
@@ -31,7 +32,21 @@ def looks_of(sample: Sample) -> tuple[Look, ...]:
 
 def transforms_of(sample: Sample) -> tuple[Transform, ...]:
     """Return the ways of bringing a sample into its bucket, but for what is drawn anew each time."""
-    return (sample.transform,)
+    if not sample.subset.random_placement:
+        return (sample.transform,)
+    return tuple(_placed(sample, number) for number in range(sample.subset.placement_variants))
+
+
+def first_of(sample: Sample) -> Look:
+    """Return the look that stands for all of a sample."""
+    transform = _placed(sample, 0) if sample.subset.random_placement else sample.transform
+    return Look(transform, fills_of(sample)[0])
+
+
+def _placed(sample: Sample, number: int) -> Transform:
+    """Return one of the placements that a cache holds: whatever run it is made in, the same."""
+    rng = random.Random(f"placement {seed_of(sample.path)} {number}")
+    return placement.draw(sample.transform, sample.subset, rng, sample.region)
 
 
 def fills_of(sample: Sample) -> tuple[Fill, ...]:
@@ -58,7 +73,7 @@ def draw(num_looks: int, rng: random.Random) -> int:
 
 def is_shown_masked(sample: Sample, rng: random.Random) -> bool:
     """Return whether this draw's mask counts: --unmasked_probability takes it away, but never in validation."""
-    if sample.mask.kind == "none":
+    if not sample.mask.is_given:
         return False
     probability = 0.0 if sample.is_validation else sample.subset.unmasked_probability
     return rng.random() >= probability

@@ -54,11 +54,13 @@ def check(place: str, subset: SubsetConfig) -> None:
 
 def warn_of_idle(subsets: Iterable[SubsetConfig], samples: Iterable[Sample]) -> None:
     """Warn of settings that act on masks where no image of the run has one."""
-    if any(sample.mask.kind != "none" for sample in samples):
-        return
+    kinds = {sample.mask.kind for sample in samples}
+    idle = set() if kinds - {"none", "padding"} else {*ACTING_ON_MASKS}
+    if "padding" in kinds:
+        idle -= {"mask_fill"}  # it fills the canvas that placed images leave free
     for subset in subsets:
         plain = type(subset)(subset.image_dir)
-        for name in ACTING_ON_MASKS:
+        for name in sorted(idle, key=ACTING_ON_MASKS.index):
             if getattr(subset, name) != getattr(plain, name):
                 log.warning("%s: %s has no effect: no image has a mask", subset.source, name)
 
@@ -67,7 +69,7 @@ def warn_of_idle_dropping(reach: int | None, samples: Sequence[Sample]) -> None:
     """Warn of --mask_token_drop where every part of every image is learnt."""
     if reach is None:
         return
-    masked = [sample for sample in samples if sample.mask.kind != "none"]
+    masked = [sample for sample in samples if sample.mask.kind != "none"]  # the canvas round placed images counts
     if not masked:
         log.warning("--mask_token_drop has no effect: none of the %d images has a mask", len(samples))
     elif all(sample.subset.mask_weight_min for sample in masked):

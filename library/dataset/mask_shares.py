@@ -62,7 +62,7 @@ def decoded(samples: Sequence[Sample], *, label: str | None = None) -> list[Mask
 
 def masked_once(samples: Sequence[Sample]) -> list[int]:
     """Return the indices of samples with masks, of those that are alike one."""
-    once = {identity(sample): index for index, sample in enumerate(samples) if sample.mask.kind != "none"}
+    once = {identity(sample): index for index, sample in enumerate(samples) if sample.mask.is_given}
     return list(once.values())
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from library.dataset import buckets, scan
-from library.dataset.config import DatasetConfig
+from library.dataset import buckets, framing, placement, regions, scan
+from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.geometry import Pixels, Size, Transform
 from library.dataset.images import Decoded, Given
 from library.dataset.scan import NO_MASK, Sample
@@ -72,9 +72,12 @@ class OwnClass:
         subset = self.config.subsets[0]
         lines = [line.strip() for line in item["caption"].split("\n")]
         captions = tuple(line for line in lines if line) or ("",) if subset.enable_wildcard else (lines[0],)
-        transform = buckets.assign(self.config, subset, (rgb.shape[1], rgb.shape[0]))
+        size = (rgb.shape[1], rgb.shape[0])
+        image = Decoded(rgb, mask)
+        region = regions.of_image(image, mask_source(subset), size) if regions.are_needed(subset) else None
+        transform = framing.assign(self.config, subset, size, region, is_bucket_fixed=self.config.enable_bucket)
         weight = _weight(item.get("weight", 1.0), place)
-        return Given(Decoded(rgb, mask), captions, transform, weight, has_mask="mask" in item)
+        return Given(image, captions, transform, weight, has_mask="mask" in item, region=region)
 
     def _of_user(self, call: Any, what: str) -> Any:
         try:
@@ -121,7 +124,7 @@ def scan_class(name: str, config: DatasetConfig, *, max_token_length: int | None
             " Add one, or leave --enable_bucket out."
         )
     subset = config.subsets[0]
-    mask = MaskSource("own", shape=replace(subset.mask_shape, labels=())) if own.give(0, "first").has_mask else NO_MASK
+    mask = mask_source(subset) if own.give(0, "first").has_mask else NO_MASK
     samples = [
         Sample(
             path=Path(name) / str(index),
@@ -132,12 +135,17 @@ def scan_class(name: str, config: DatasetConfig, *, max_token_length: int | None
             num_repeats=subset.num_repeats,
             orientation=1,
             transform=_transform(own, index, has_sizes),
-            mask=mask,
+            mask=placement.mask_of(mask, subset.random_placement),
             give=partial(own.give, index),
         )
         for index in range(count)
     ]
-    return scan.Scan(tuple(samples), ())
+    return scan.Scan(tuple(samples), tuple(regions.idle(subset, [mask])))
+
+
+def mask_source(subset: SubsetConfig) -> MaskSource:
+    """Return what the masks of a class are, once they are shaped; it has no label maps."""
+    return MaskSource("own", shape=replace(subset.mask_shape, labels=()))
 
 
 def _transform(own: OwnClass, index: int, has_sizes: bool) -> Transform:

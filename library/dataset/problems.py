@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 MOST_NAMES = 10  # in one message
 
+Severity = Literal["error", "warning", "note"]
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -24,14 +26,26 @@ class Joint:
     remedy: str = ""
 
 
+class FileError(DataError):
+    """A file that cannot be used, with the kind of its fault."""
+
+    def __init__(self, code: str, reason: str, remedy: str = "") -> None:
+        """Take the code, see Problem.code, what is wrong, naming the file, and what to do."""
+        super().__init__(f"{reason} {remedy}".rstrip())
+        self.code, self.remedy = code, remedy
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a dataset: an error stops training, a warning does not."""
+    """Something about a dataset: an error stops training, a warning does not, a note is told only by the inspection."""
 
-    severity: Literal["error", "warning"]
+    severity: Severity
     path: Path
     message: str  # one line
     joint: Joint | None = None
+    code: str = "other"  # its kind, which library/inspection/kinds.py explains
+    remedy: str = ""  # what to do, if that is not what the kind says
+    files: tuple[Path, ...] = ()  # others that it is about: of a mask its image, of a copy the original
 
 
 def raise_errors(problems: Sequence[Problem]) -> None:

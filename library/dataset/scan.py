@@ -1,4 +1,4 @@
-"""The scan: from folders to samples, with every problem found on the way, without decoding a pixel."""
+"""The scan: from folders to samples, with every problem found on the way, without decoding a picture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dataset import buckets, captions, files, metadata_file, pairing, split
+from library.dataset import (
+    captions,
+    faults,
+    files,
+    framing,
+    mask_captions,
+    metadata_file,
+    pairing,
+    placement,
+    regions,
+    shares,
+    split,
+)
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.files import QUARTER_TURNS, Header
-from library.dataset.geometry import Size, Transform
-from library.dataset.problems import MOST_NAMES, Joint, Problem, listed
+from library.dataset.geometry import Box, Size, Transform
+from library.dataset.problems import Problem, listed
 from library.errors import DataError, OptionError
 from library.masks import MaskSource
 
@@ -22,6 +34,7 @@ if TYPE_CHECKING:
 
 NO_MASK = MaskSource("none")
 Lines = tuple[str, ...]  # of a caption
+Written = dict[Path, Lines | DataError | None]  # captions as the files say, by image
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class Sample:
     orientation: int  # EXIF, 1 to 8
     transform: Transform  # into the bucket, cut in the middle
     mask: MaskSource
+    region: Box | None = None  # what the mask lets be learnt, in pixels of the image; None: not asked for, or nothing
     is_validation: bool = False  # held back from training; num_repeats is 1 then
     give: Callable[[str], Given] | None = field(default=None, compare=False, repr=False)  # of the user's class: by seed
 
@@ -60,8 +74,12 @@ class _Findings:
     stems: dict[Path, set[str]] = field(default_factory=lambda: defaultdict(set))  # of images, by mask folder
     problems: list[Problem] = field(default_factory=list)
 
-    def error(self, path: Path, message: str) -> None:
-        self.problems.append(Problem("error", path, message))
+    def error(self, path: Path, message: str, code: str) -> None:
+        self.problems.append(Problem("error", path, message, code=code))
+
+    def failure(self, path: Path, error: DataError, otherwise: str) -> None:
+        """Note that a file cannot be used; otherwise: the code of a picture that is not readable where it lies."""
+        self.problems.append(faults.failure(path, error, otherwise))
 
 
 def scan(configs: Sequence[DatasetConfig]) -> Scan:
@@ -73,56 +91,35 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
         if all(subset.is_reg for subset in config.subsets):
             folder = config.subsets[0].source
             message = f"{folder}: datasets[{number}] has only regularisation images. Add a subset without is_reg."
-            findings.error(folder, message)
-    findings.problems += _surplus_masks(findings)
-    samples, validation = _divided(found, findings)
+            findings.error(folder, message, "only-regularisation")
+    findings.problems += faults.surplus_masks(findings.mask_folders, findings.stems, findings.problems)
+    findings.problems += framing.cut_off(sample for samples in found for sample in samples)
+    samples, validation, shared = shares.divide(found)
+    findings.problems += shared
+    findings.problems += mask_captions.problems([*samples, *validation])
     problems = tuple(dict.fromkeys(findings.problems))  # two datasets may share a folder
     return Scan(tuple(samples), problems, tuple(validation))
-
-
-def _divided(datasets: Sequence[Sequence[Sample]], findings: _Findings) -> tuple[list[Sample], list[Sample]]:
-    """Return the samples to be trained on, balanced, and those held back.
-
-    An image that is held back anywhere is trained on nowhere, whatever way its folder is named in another subset.
-    """
-    validation = [sample for samples in datasets for sample in samples if sample.is_validation]
-    if not validation:
-        return [sample for samples in datasets for sample in _balanced(samples)], []
-    folders = {folder: folder.resolve() for folder in {s.path.parent for samples in datasets for s in samples}}
-
-    def identity(sample: Sample) -> Path:
-        path = folders[sample.path.parent] / sample.path.name
-        return path.resolve() if path.is_symlink() else path
-
-    held = {identity(sample) for sample in validation}
-    trained: list[Sample] = []
-    for samples in datasets:
-        trained += _balanced([sample for sample in samples if identity(sample) not in held])
-    shared = {s.path for samples in datasets for s in samples if identity(s) in held and not s.is_validation}
-    for path in sorted(shared):
-        joint = Joint("images are held back for validation in one subset, so others do not train on them", path.name)
-        message = f"{path}: held back for validation in one subset, so no other trains on it."
-        findings.problems.append(Problem("warning", path, message, joint))
-    return trained, validation
 
 
 def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, findings: _Findings) -> list[Sample]:
     """Return the subset's samples, with its own number of repeats."""
     scan_source = _scan_folder if subset.metadata_file is None else _scan_metadata_file
     try:
-        headers, texts = scan_source(subset, findings)
+        headers, written = scan_source(subset, findings)
     except DataError as error:
-        findings.error(subset.source, str(error))
+        findings.failure(subset.source, error, "source-unreadable")
         return []
     readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
+    texts = _captions(written | _beside_masks(masks, subset, findings), subset, findings)
+    boxes = regions.of_subset(subset, masks, {image: headers[image].size for image in masks}, findings.problems)
     held = split.held_back(readable, subset.validation_split, subset.validation_seed)
-    if subset.validation_split and len(held) in (0, len(readable)):
+    if subset.validation_split and readable and len(held) in (0, len(readable)):
         message = (
             f"{subset.source}: validation_split {subset.validation_split:g} holds back "
             f"{'all' if held else 'none'} of {len(readable)} images."
         )
-        findings.problems.append(Problem("warning", subset.source, message))
+        findings.problems.append(Problem("warning", subset.source, message, code="validation-split"))
     return [
         Sample(
             path=image,
@@ -132,8 +129,9 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
             is_reg=subset.is_reg,
             num_repeats=1 if image in held else subset.num_repeats,
             orientation=headers[image].orientation,
-            transform=buckets.assign(config, subset, headers[image].size),
-            mask=masks[image],
+            transform=framing.assign(config, subset, headers[image].size, boxes.get(image)),
+            mask=placement.mask_of(masks[image], subset.random_placement),
+            region=boxes.get(image),
             is_validation=image in held,
         )
         for image in readable
@@ -141,36 +139,42 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
     ]
 
 
-def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
-    """Return headers and captions of the images in the subset's folder. Raises: DataError if there are none."""
+def _scan_folder(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], Written]:
+    """Return headers and captions of the images in the subset's folder. Raises: DataError if it is not there."""
     images = files.list_images(subset.image_dir)
     if not images:
-        raise DataError(f"{subset.image_dir}: has no images. Known are {', '.join(files.image_extensions())}.")
+        findings.problems.append(faults.no_images(subset))
+        return {}, {}
     known = files.load_info(subset.image_dir) if subset.cache_info else {}
     headers = _headers(images, findings, known)
-    written = files.read_all(partial(captions.read, subset=subset), list(headers))
-    texts = _captions(dict(zip(headers, written, strict=True)), subset, findings)
+    found = files.read_all(partial(captions.read, subset=subset), list(headers))
+    written: Written = dict(zip(headers, found, strict=True))
     if subset.cache_info and known != headers:
-        files.save_info(subset.image_dir, headers, {image: "\n".join(lines) for image, lines in texts.items()})
-    return headers, texts
+        kept = {image: lines or (subset.class_tokens or "",) for image, lines in written.items()}
+        texts = {image: "\n".join(lines) for image, lines in kept.items() if not isinstance(lines, DataError)}
+        files.save_info(subset.image_dir, headers, texts)
+    return headers, written
 
 
-def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], dict[Path, Lines]]:
+def _scan_metadata_file(subset: SubsetConfig, findings: _Findings) -> tuple[dict[Path, Header], Written]:
     """Return headers and captions of the images in the subset's metadata file. Raises: DataError if there are none."""
     file = subset.source
     content = metadata_file.read(file, subset)
     if not content.entries:
         raise DataError(f"{file}: lists no images.")
-    findings.problems += [Problem("warning", file, message) for message in metadata_file.warnings(content, file)]
+    findings.problems += [
+        Problem("warning", file, message, code="metadata-entries") for message in metadata_file.warnings(content, file)
+    ]
     entries = {entry.path: entry for entry in content.entries}
     present = [path for path in entries if path.is_file()]
-    findings.problems += _absent_images(sorted(entries.keys() - set(present)), subset)
+    findings.problems += faults.absent_images(sorted(entries.keys() - set(present)), subset)
     headers = _headers(present, findings)
     outdated = [path.name for path in headers if not _has_size(headers[path], entries[path].size)]
     if outdated:
         message = f"{file}: image_size of {len(outdated)} images is not the file's own, which is used: "
-        findings.problems.append(Problem("warning", file, f"{message}{listed(outdated)}."))
-    return headers, _captions({path: entries[path].captions for path in headers}, subset, findings)
+        message += f"{listed(outdated)}."
+        findings.problems.append(Problem("warning", file, message, code="metadata-size"))
+    return headers, {path: entries[path].captions for path in headers}
 
 
 def _has_size(header: Header, size: Size | None) -> bool:
@@ -179,57 +183,42 @@ def _has_size(header: Header, size: Size | None) -> bool:
     return size in (None, header.size, stored)
 
 
-def _absent_images(absent: Sequence[Path], subset: SubsetConfig) -> Iterable[Problem]:
-    remedy = f"Relative names start at {subset.image_dir}, and end with the file's extension."
-    beside: dict[Path, list[Path]] = {}
-    for number, path in enumerate(absent):
-        near = None
-        if number < MOST_NAMES:  # more are not shown at once, and looking for each takes its time
-            if path.parent not in beside:
-                beside[path.parent] = files.list_images(path.parent) if path.parent.is_dir() else []
-            near = pairing.near_miss(path, beside[path.parent])
-        hint = f" (is {near.name} meant?)" if near else ""
-        joint = Joint(f"images of {subset.source} are not there", path.name + hint, remedy)
-        yield Problem("error", path, f"{subset.source}: there is no image {path}{hint}. {remedy}", joint)
-
-
 def _headers(
-    paths: Iterable[Path], findings: _Findings, known: Mapping[Path, Header] | None = None
+    paths: Iterable[Path], findings: _Findings, known: Mapping[Path, Header] | None = None, kind: str = "image"
 ) -> dict[Path, Header]:
-    """Return the headers of the files that have a readable one."""
+    """Return the headers of the files that have a readable one; kind, image or mask, is for the problems' codes."""
     paths = list(paths)
     if known:
         findings.headers.update(known)
     unread = [path for path in paths if path not in findings.headers]
     for path, header in zip(unread, files.read_all(files.read_header, unread), strict=True):
         if isinstance(header, DataError):
-            findings.error(path, str(header))
+            findings.failure(path, header, f"{kind}-unreadable")
         else:
             findings.headers[path] = header
     return {path: findings.headers[path] for path in paths if path in findings.headers}
 
 
-def _captions(
-    written: Mapping[Path, Lines | DataError | None], subset: SubsetConfig, findings: _Findings
-) -> dict[Path, Lines]:
+def _beside_masks(masks: Mapping[Path, MaskSource], subset: SubsetConfig, findings: _Findings) -> Written:
+    """Return the captions that replace those of the images whose masks have one beside them."""
+    if not subset.mask_captions:
+        return {}
+    found: Written = dict(mask_captions.beside(masks, subset))
+    if not found and any(mask.path is not None for mask in masks.values()):
+        findings.problems.append(mask_captions.nothing_beside(masks, subset))
+    return found
+
+
+def _captions(written: Written, subset: SubsetConfig, findings: _Findings) -> dict[Path, Lines]:
     texts: dict[Path, Lines] = {}
     without: list[Path] = []
     for image, lines in written.items():
         if isinstance(lines, DataError):
-            findings.error(image, str(lines))
-        elif lines is not None:
-            texts[image] = lines
+            findings.failure(image, lines, "caption-unreadable")
         else:
-            texts[image] = (subset.class_tokens or "",)
-            if subset.class_tokens is None:
-                without.append(image)
-    if without:
-        message = (
-            f"{subset.source}: {len(without)} of {len(written)} images have no "
-            f"{'caption or tags' if subset.metadata_file else f'{subset.caption_extension} file'} and "
-            f"no class_tokens, so their caption is empty: {listed([image.name for image in without])}."
-        )
-        findings.problems.append(Problem("warning", subset.source, message))
+            texts[image] = (subset.class_tokens or "",) if lines is None else lines
+            without += [image] if lines is None else []
+    findings.problems += faults.missing_captions(without, len(written), subset)
     return texts
 
 
@@ -271,8 +260,8 @@ def _masks_in(
     pairs = pairing.pair(images, () if folder is None else _mask_files(folder, findings))
     if folder is not None:
         findings.stems[folder] |= {image.stem for image in images}
-        findings.problems += _ambiguous_masks(pairs.masks, folder)
-    mask_headers = _headers(pairs.masks.values(), findings)
+        findings.problems += faults.ambiguous_masks(pairs.masks, folder)
+    mask_headers = _headers(pairs.masks.values(), findings, kind="mask")
     masks: dict[Path, MaskSource] = {}
     lacking: list[Path] = []
     for image in images:
@@ -287,12 +276,13 @@ def _masks_in(
         else:
             lacking.append(image)
     for mask, used in pairs.doubled.items():
-        findings.problems.append(Problem("warning", mask, f"{mask}: not used, {used.name} comes first."))
+        message = f"{mask}: not used, {used.name} comes first."
+        findings.problems.append(Problem("warning", mask, message, code="mask-same-stem", files=(used,)))
     if folder is not None and folder.resolve() == subset.image_dir.resolve():
         message = f"conditioning_data_dir: {folder} is the folder of the images: each is used as its own mask."
-        findings.problems.append(Problem("warning", folder, message))
+        findings.problems.append(Problem("warning", folder, message, code="mask-folder-of-images"))
     if folder is not None and folder not in findings.absent_folders:
-        findings.problems += _missing_masks(lacking, folder, subset, pairs.surplus)
+        findings.problems += faults.missing_masks(lacking, folder, subset, pairs.surplus)
     return masks
 
 
@@ -303,89 +293,19 @@ def _mask_files(folder: Path, findings: _Findings) -> list[Path]:
             findings.mask_folders[folder] = files.list_images(folder)
         except DataError as error:
             findings.absent_folders.add(folder)
-            findings.error(folder, f"conditioning_data_dir: {error}")
+            findings.error(folder, f"conditioning_data_dir: {error}", "mask-folder-absent")
     return findings.mask_folders[folder]
 
 
-def _ambiguous_masks(masks: Mapping[Path, Path], folder: Path) -> Iterable[Problem]:
-    first: dict[Path, Path] = {}
-    for image, mask in masks.items():
-        other = first.setdefault(mask, image)
-        if other.parent != image.parent:
-            message = (
-                f"{mask}: is the mask of {other} as well as of {image}. Put their masks into folders within {folder} "
-                "that are named like theirs."
-            )
-            yield Problem("error", mask, message)
-
-
 def _fits(mask: Path, mask_header: Header, image: Path, header: Header, findings: _Findings) -> bool:
-    if pairing.has_same_aspect(mask_header.size, header.size):
-        return True
-    hint = " Make both the same size."
-    if header.orientation in QUARTER_TURNS and pairing.has_same_aspect(mask_header.size[::-1], header.size):
-        hint = (
-            f" The image is stored lying on its side (EXIF orientation {header.orientation}): "
-            "turn the mask as the picture is seen, or save the picture without that mark."
-        )
-    is_size = "{}x{}".format(*mask_header.size)
-    findings.error(mask, f"{mask}: mask is {is_size}, its image {image.name} is {_size(header)}.{hint}")
-    return False
-
-
-def _size(header: Header) -> str:
-    return f"{header.size[0]}x{header.size[1]}"
-
-
-def _missing_masks(
-    lacking: Sequence[Path], folder: Path, subset: SubsetConfig, surplus: Sequence[Path]
-) -> Iterable[Problem]:
-    remedy = 'Name a mask like its image, or set missing_mask = "train_all" or "skip" in the subset.'
-    for image in lacking:
-        near = pairing.near_miss(image, surplus)
-        hint = f" (is {near.name} meant?)" if near else ""
-        if subset.missing_mask == "error":
-            joint = Joint(f"images of {subset.source} have no mask in {folder}", image.name + hint, remedy)
-            yield Problem("error", image, f"{image}: has no mask in {folder}{hint}. {remedy}", joint)
-        else:
-            joint = Joint(f"images of {subset.source} are left out, having no mask in {folder}", image.name + hint)
-            yield Problem("warning", image, f"{image}: left out, it has no mask in {folder}{hint}.", joint)
-
-
-def _surplus_masks(findings: _Findings) -> Iterable[Problem]:
-    for folder, masks in findings.mask_folders.items():
-        for mask in masks:
-            if mask.stem not in findings.stems[folder]:
-                joint = Joint(f"masks in {folder} are not used, no image has their name", mask.name)
-                yield Problem("warning", mask, f"{mask}: not used, no image has this name.", joint)
-
-
-def _balanced(samples: Sequence[Sample]) -> list[Sample]:
-    """Return samples with regularisation images repeated, or left out, until they are as many as the others.
-
-    In order, each with its own repeats, until the others' number is reached; the rest are not used. If they are too
-    few, each gets one repeat more, in order and again, until it is reached.
-    """
-    regular = [sample for sample in samples if not sample.is_reg]
-    wanted = sum(sample.num_repeats for sample in regular)
-    chosen: list[Sample] = []
-    total = 0
-    for sample in samples:
-        if sample.is_reg and total < wanted:
-            chosen.append(sample)
-            total += sample.num_repeats
-    if not chosen:
-        return regular
-    rounds, rest = divmod(max(0, wanted - total), len(chosen))
-    return regular + [
-        replace(sample, num_repeats=sample.num_repeats + rounds + (number < rest))
-        for number, sample in enumerate(chosen)
-    ]
+    problem = faults.misfit(mask, mask_header, image, header)
+    findings.problems += () if problem is None else (problem,)
+    return problem is None
 
 
 def check_masked_loss(masked_loss: bool, samples: Sequence[Sample]) -> None:
     """Raise OptionError if --masked_loss is asked for and no sample has a mask."""
-    if masked_loss and all(sample.mask.kind == "none" for sample in samples):
+    if masked_loss and all(not sample.mask.is_given for sample in samples):
         raise OptionError(
             f"--masked_loss: none of the {len(samples)} images has a mask. Set conditioning_data_dir or alpha_mask "
             "in a subset of the dataset config, or leave --masked_loss out."

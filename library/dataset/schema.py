@@ -100,15 +100,23 @@ def _list_of(choices: tuple[str, ...]) -> Reader:
     return read
 
 
-def _tags(value: Any) -> tuple[str, ...] | dict[str, str]:
+def _tags(value: Any) -> tuple[str | tuple[str, str], ...]:
+    """Return tags, or (tag, label) of each."""
     expected = 'a list of tags, or a table of tags with the label of each, like {hat = "3"}'
     if isinstance(value, dict):
-        if any(not isinstance(label, str | int) or isinstance(label, bool) for label in value.values()):
+        labels = {tag.strip(): str(label).strip().lower() for tag, label in value.items()}
+        if not all(labels) or any(isinstance(label, bool) for label in value.values()):
             raise ValueError(expected)
-        return {tag.strip(): str(label) for tag, label in value.items()}
+        if not all(map(_is_label, labels.values())):
+            raise ValueError(f"{expected}; a label is a number from 0 to 255, a colour like #ff0000, or other")
+        return tuple(labels.items())
     if not isinstance(value, list | tuple) or any(not isinstance(tag, str) or not tag.strip() for tag in value):
         raise ValueError(expected)
     return tuple(tag.strip() for tag in value)
+
+
+def _is_label(name: str) -> bool:
+    return name == "other" or (name.isdecimal() and int(name) < 256) or re.fullmatch("#[0-9a-f]{6}", name) is not None
 
 
 def _labels(value: Any) -> tuple[tuple[str, float], ...]:
@@ -119,8 +127,12 @@ def _labels(value: Any) -> tuple[tuple[str, float], ...]:
     read = {}
     for label, weight in value.items():
         name = str(label).strip().lower()
-        is_label = name == "other" or (name.isdecimal() and int(name) < 256) or re.fullmatch("#[0-9a-f]{6}", name)
-        if not is_label or isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+        if (
+            not _is_label(name)
+            or isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not 0 <= weight <= 1
+        ):
             raise ValueError(expected)
         read[name] = float(weight)
     return tuple(sorted(read.items()))

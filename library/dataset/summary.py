@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from library.dataset import captions
+from library.dataset import captions, mask_captions
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.geometry import Size
 from library.dataset.plan import group_by_bucket
 from library.dataset.scan import Sample
+from library.metadata import MaskFacts
 
 COLUMN = 12  # characters, of a bucket's size
+OF_MASKS = ("alpha_mask", "conditioning_data_dir", "missing_mask", "unmasked_probability")
+OF_MASKS_BEGIN = ("mask_", "random_placement", "placement_")  # the names of all other settings of masks
 
 
 def describe(configs: Sequence[DatasetConfig], samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -34,7 +39,7 @@ def _describe_dataset(config: DatasetConfig, samples: Sequence[Sample]) -> dict[
         "enable_bucket": is_bucketed,
         "min_bucket_reso": config.min_bucket_reso if is_bucketed else None,
         "max_bucket_reso": config.max_bucket_reso if is_bucketed else None,
-        "tag_frequency": captions.tag_frequency(samples),
+        "tag_frequency": tag_frequency(samples),
         "bucket_info": bucket_info(samples) if is_bucketed else None,
         "resize_interpolation": config.resize_interpolation,
         "subsets": [
@@ -63,7 +68,53 @@ def _describe_subset(subset: SubsetConfig, num_images: int) -> dict[str, Any]:
         "class_tokens": subset.class_tokens,
         "is_reg": subset.is_reg,
     }
-    return described | ({"metadata_file": subset.metadata_file.name} if subset.metadata_file else {})
+    described |= {"metadata_file": subset.metadata_file.name} if subset.metadata_file else {}
+    return described | _mask_settings(subset)
+
+
+def _mask_settings(subset: SubsetConfig) -> dict[str, Any]:
+    """Return the settings of masks that are not at their defaults: others would be news to readers of plain files."""
+    settings: dict[str, Any] = {}
+    for each in fields(subset):
+        value = getattr(subset, each.name)
+        is_of_masks = each.name in OF_MASKS or each.name.startswith(OF_MASKS_BEGIN)
+        if not is_of_masks or value == each.default:
+            continue
+        if isinstance(value, Path):
+            value = value.name
+        elif isinstance(value, tuple):
+            pairs = [each for each in value if isinstance(each, tuple)]
+            value = dict(pairs) if pairs else list(value)
+        settings[each.name] = value
+    return settings
+
+
+def tag_frequency(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
+    """Return how often each tag occurs, by the name of the folder or metadata file: each image counts once.
+
+    Tags end at commas whatever the separator, and are in small letters, as in the metadata of sd-scripts. What is
+    always left out of a caption does not count.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for sample in samples:
+        folder = counts.setdefault(sample.subset.source.name, {})
+        never_shown = frozenset.intersection(*mask_captions.ways(sample))
+        for line in sample.captions:
+            shown = captions.without(line, sample.subset, never_shown) if never_shown else line
+            for tag in (part.strip().lower() for part in shown.split(",")):
+                if tag:
+                    folder[tag] = folder.get(tag, 0) + 1
+    return counts
+
+
+def mask_facts(samples: Sequence[Sample]) -> MaskFacts:
+    """Return how many of samples have masks, repeats counted; regularisation images do not count as images."""
+    masked = [sample for sample in samples if sample.mask.kind in mask_captions.MASKED]
+    return MaskFacts(
+        is_masked=bool(masked),
+        has_alpha=any(sample.mask.kind == "alpha" for sample in masked),
+        num_images=sum(sample.num_repeats for sample in masked if not sample.is_reg),
+    )
 
 
 def bucket_info(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -102,16 +153,20 @@ def mask_line(samples: Sequence[Sample], *, mean_weight: float | None = None) ->
     num_masked = kinds["file"] + kinds["alpha"] + kinds["own"]
     if not samples:
         return "masks: none, and no images"
+    placed = (
+        "; the canvas around placed images is not learnt" if any(s.subset.random_placement for s in samples) else ""
+    )
     if not num_masked:
-        return f"masks: none; all {len(samples)} images are learnt whole"
+        return f"masks: none; all {len(samples)} images are learnt whole{placed}"
     sources = [f"{kinds['file']} file{'s' * (kinds['file'] != 1)}"] if kinds["file"] else []
     sources += [f"{kinds['alpha']} alpha"] if kinds["alpha"] else []
     sources += [f"{kinds['own']} of the class"] if kinds["own"] else []
     mean = f", mean weight {mean_weight:.2f}" if mean_weight is not None else ""
-    unmasked = f", {kinds['none']} unmasked" if kinds["none"] else ""
+    num_unmasked = kinds["none"] + kinds["padding"]
+    unmasked = f", {num_unmasked} unmasked" if num_unmasked else ""
     return (
         f"masks: {num_masked} of {len(samples)} images ({', '.join(sources)}){mean}{unmasked}; "
-        "white (255) is learnt, black (0) is not"
+        f"white (255) is learnt, black (0) is not{placed}"
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from library.cache import text
 from library.cache.text import Key
-from library.dataset import captions
+from library.dataset import captions, mask_captions
 from library.dataset.config import DatasetConfig
 from library.dataset.scan import Sample
 from library.errors import DataError, OptionError
@@ -33,11 +33,14 @@ def refuse_uncacheable(configs: Iterable[DatasetConfig]) -> None:
 def captions_of(samples: Iterable[Sample]) -> dict[str, Path]:
     """Return every caption that can be drawn, in order, and the folder of the first image that has it.
 
+    Where an image is shown with its mask as well as without, both its captions are there.
+
     Raises: DataError for a caption whose wildcards make too many.
     """
     found: dict[str, Path] = {}
     for sample in samples:
-        drawn = list(islice(captions.every(sample.captions, sample.subset), MOST_CAPTIONS + 1))
+        ways = (captions.every(sample.captions, sample.subset, tags) for tags in mask_captions.ways(sample))
+        drawn = list(islice(chain.from_iterable(ways), MOST_CAPTIONS + 1))
         if len(drawn) > MOST_CAPTIONS:
             raise DataError(
                 f"{sample.path}: the wildcards of its caption make more than {MOST_CAPTIONS} captions, which are too "

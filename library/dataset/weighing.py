@@ -28,9 +28,7 @@ class Shown:
     @property
     def cells(self) -> Cells | None:
         """What its cells weigh: the mask, but nowhere less than mask_weight_min."""
-        if self.mask is None:
-            return None
-        return np.asarray(masks.to_weights(self.mask, self.subset.mask_weight_min)[0].numpy(), np.float32)
+        return None if self.mask is None else cell_weights(self.mask, self.subset.mask_weight_min)
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,12 @@ class Weighed:
     kept_tokens: Tensor | None
     regions: Tensor | None
     prior: Tensor | None
+
+
+def cell_weights(mask: Sums, least: float) -> Cells:
+    """Return what the cells of a shrunk mask (h, w) weigh: (h, w) in [0, 1], nowhere below least."""
+    array = masks.to_array(mask)
+    return np.maximum(array, np.float32(least)) if least else array
 
 
 def weigh(images: Sequence[Shown], *, token_reach: int | None, prior_every: int) -> Weighed:

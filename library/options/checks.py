@@ -263,6 +263,7 @@ def _idle_with_class(options: Options) -> Iterator[str]:
         "in_json": dataset.in_json,
         "conditioning_data_dir": options.masks.conditioning_data_dir,
         "alpha_mask": options.masks.alpha_mask,
+        "mask_captions": options.masks.mask_captions,
         "validation_split": options.validation.validation_split,
     }
     for name, value in given.items():

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ FREE_TO_CHANGE = {
     "blocks_to_swap", "save_clip", "save_t5xxl", "t5xxl_device",
     "dataset_config", "train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir",  # what is in them is told
 }  # fmt: skip
+# How the names of settings begin that came later: at their defaults they are not part of what a state is compared by.
+ADDED = ("mask_", "unmasked_probability", "random_placement", "placement_")
 PARTS_OF_A_DATASET = ("images and masks", "captions", "settings")
 
 
@@ -72,8 +74,23 @@ def fingerprint(configs: Sequence[DatasetConfig], samples: Iterable[Sample]) -> 
         captions.update(f"{sample.captions}\n".encode("utf-8", "backslashreplace"))
     for config in configs:
         without_places = replace(config, subsets=tuple(map(_without_places, config.subsets)))
-        settings.update(f"{without_places}\n".encode("utf-8", "backslashreplace"))
+        settings.update(f"{_in_words(without_places)}\n".encode("utf-8", "backslashreplace"))
     return "-".join(digest.hexdigest() for digest in (images, captions, settings))
+
+
+def _in_words(config: DatasetConfig) -> str:
+    """Return the settings as earlier versions wrote them, who had none of ADDED: their states are no news to us."""
+    subsets = [_record(each) for each in config.subsets]
+    inner = f"({subsets[0]},)" if len(subsets) == 1 else f"({', '.join(subsets)})"
+    values = {each.name: repr(getattr(config, each.name)) for each in fields(config)} | {"subsets": inner}
+    return f"{type(config).__name__}({', '.join(f'{name}={value}' for name, value in values.items())})"
+
+
+def _record(subset: SubsetConfig) -> str:
+    values = {each.name: getattr(subset, each.name) for each in fields(subset)}
+    defaults = {each.name: each.default for each in fields(subset)}
+    told = [f"{k}={v!r}" for k, v in values.items() if not (k.startswith(ADDED) and v == defaults[k])]
+    return f"{type(subset).__name__}({', '.join(told)})"
 
 
 def _size(path: Path) -> int:
@@ -100,13 +117,11 @@ def tell(manifest: Manifest, options: Mapping[str, Any], dataset: str, num_image
             "would have been",
             *(manifest.num_images, num_images, ", ".join(differing)),
         )
-    current = json.loads(json.dumps(dict(options)))  # tuples are lists in the manifest
-    changed = {name for name in current if name in manifest.options and manifest.options[name] != current[name]}
+    current, before = (json.loads(json.dumps(dict(each))) for each in (options, manifest.options))  # no more tuples
+    changed = {name for name in current if name in before and before[name] != current[name]}
     for name in sorted(changed):
         counts = " (the state's counts)" if name in KEPT_BY_STATE else ""
-        log.warning(
-            "--resume: --%s was %s, is %s%s", name, *map(_shown, (manifest.options[name], current[name])), counts
-        )
+        log.warning("--resume: --%s was %s, is %s%s", name, *map(_shown, (before[name], current[name])), counts)
 
 
 def _shown(value: Any) -> str:

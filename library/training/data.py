@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.dataset import config, latents, mask_settings, mask_shares, own_class, plan, problems, scan, texts
+from library.dataset import (
+    config,
+    cut_settings,
+    latents,
+    mask_settings,
+    mask_shares,
+    own_class,
+    plan,
+    problems,
+    scan,
+    texts,
+)
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
 from library.errors import OptionError
+from library.inspection.inspect import warnings_at_start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +43,8 @@ if TYPE_CHECKING:
     from library.options.caching import CachingOptions
 
 log = logging.getLogger(__name__)
+
+MOST_DOUBTS = 5  # lines about the data set
 
 
 @dataclass(frozen=True)
@@ -88,11 +102,15 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
+    _warn_of_doubts(configs, found)
     mask_settings.read_first_label_maps(found.samples + found.validation)
     found = mask_shares.without_empty(found)
     mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
     mask_settings.warn_of_idle_prior(options.masks.mask_prior_every, found.samples)
+    cut_settings.warn_of_idle(
+        [subset for each in configs for subset in each.subsets], is_cached=options.caching.cache_latents
+    )
     if options.caching.cache_latents:
         latents.refuse_uncacheable(configs)
     if options.caching.cache_text_encoder_outputs:
@@ -105,6 +123,15 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
             if getattr(options.validation, name) is not None:
                 log.warning("--%s has no effect: no image is held back, see --validation_split", name)
     return Data(configs, found.samples, found.validation)
+
+
+def _warn_of_doubts(configs: Sequence[DatasetConfig], found: scan.Scan) -> None:
+    """Warn of what is no error and seldom meant, in a few lines; no pixel is read."""
+    messages = problems.joint_messages(warnings_at_start(configs, found))
+    for message in messages[:MOST_DOUBTS]:
+        log.warning("%s", message)
+    if messages[MOST_DOUBTS:]:
+        log.warning("%d more warnings about the data set: see tools/check_dataset.py", len(messages[MOST_DOUBTS:]))
 
 
 def in_whole_tokens(config: DatasetConfig, side_multiple: int) -> DatasetConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library import metadata
-from library.dataset.summary import describe
+from library.dataset.summary import describe, mask_facts
 from library.metadata import DatasetFacts, RunFacts
 from library.training.model_hashes import BackgroundHash, default_cache_file
 from library.training.trainee import network_arguments
@@ -102,6 +102,7 @@ def facts_of(options: Options, data: Data, plan: RunPlan, num_processes: int) ->
         total_batch_size=options.dataset.train_batch_size * num_processes,
         is_from_config=options.dataset.dataset_config is not None,
         datasets=tuple(describe(data.configs, data.samples)),
+        masks=mask_facts(data.samples),
     )
 
 

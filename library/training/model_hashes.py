@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from library.metadata import LEGACY_BYTES, LEGACY_START
+from library.file_hashes import LEGACY_BYTES, LEGACY_START
 from library.whole_file import whole_file
 
 log = logging.getLogger(__name__)

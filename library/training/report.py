@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from library.pages.parts import document, heading, pairs, picture, scrolled, table
 from library.training import report_masks
 from library.training.charts import loss_chart, rate_chart, smoothed
 from library.training.model_hashes import file_hashes
-from library.training.report_style import STYLE
 from library.training.saving import FINAL_NAME, saved_file, size_of
 
 if TYPE_CHECKING:
@@ -74,19 +72,10 @@ def write_report(path: Path, data: ReportData) -> Path:
         ("Masks", _masks(data.mask_line, data.mask_sheet, data.mask_shares)),
         ("Dataset", table(data.dataset)),
         ("Files", table(_file_rows(data.files))),
-        ("Options that differ from their defaults", _pairs(data.options)),
-        ("Run", _pairs(data.facts)),
+        ("Options that differ from their defaults", pairs(data.options)),
+        ("Run", pairs(data.facts)),
     ]
-    body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections if content)
-    page = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # nothing may be fetched, whatever a caption or an option holds
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{escape(data.title)} – training report</title><style>{STYLE}</style></head>"
-        f"<body><header>{_header(data)}</header><main>{body}</main></body></html>\n"
-    )
+    page = document(f"{data.title} – training report", _header(data), sections)
     with saved_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
     log.info("report: %s (%.1f MB)", path, path.stat().st_size / 1e6)
@@ -148,9 +137,7 @@ def _header(data: ReportData) -> str:
         tiles.append(("A step", f"{data.step_s:.2f} s" if data.step_s >= 1 else f"{data.step_s * 1000:.0f} ms"))
     if data.images_per_s is not None:
         tiles.append(("Images a second", f"{data.images_per_s:.3g}"))
-    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
-    written = time.strftime("%Y-%m-%d %H:%M")
-    return f'<p class="kind">{state} · {written}</p><h1>{escape(data.title)}</h1><dl class="tiles">{listed}</dl>'
+    return heading(f"{state} · {time.strftime('%Y-%m-%d %H:%M')}", data.title, tiles)
 
 
 def _samples(samples: Sequence[Sample]) -> str:
@@ -179,8 +166,8 @@ def _sample_figure(sample: Sample) -> str:
     when = f"step {sample.step:,}" if sample.step else "before training"
     if sample.epoch:
         when = f"epoch {sample.epoch}, {when}"
-    picture = _picture(sample.path, SAMPLE_SIDE, f"{sample.prompt.prompt} – {when}")
-    return f"<figure>{picture}<figcaption>{escape(when)}</figcaption></figure>"
+    drawn = _picture(sample.path, SAMPLE_SIDE, f"{sample.prompt.prompt} – {when}")
+    return f"<figure>{drawn}<figcaption>{escape(when)}</figcaption></figure>"
 
 
 def _loss(losses: Sequence[tuple[int, float, float]], validations: Sequence[tuple[int, float]]) -> str:
@@ -191,7 +178,7 @@ def _loss(losses: Sequence[tuple[int, float, float]], validations: Sequence[tupl
     return (
         '<p class="legend"><span class="key smooth"></span>smoothed <span class="key raw"></span>each step'
         f"{held_back}</p>"
-        + _scrolled(loss_chart([(step, loss) for step, loss, _ in losses], validations) + rates, "curves")
+        + scrolled(loss_chart([(step, loss) for step, loss, _ in losses], validations) + rates, "curves")
     )
 
 
@@ -199,8 +186,8 @@ def _masks(line: str | None, sheet: Path | None, shares: Shares) -> str:
     text = (f"<p>{escape(line)}</p>" if line else "") + report_masks.share_bars(shares)
     if sheet is None:
         return text
-    picture = _picture(sheet, SHEET_SIDE, "Contact sheet: each training picture with its mask")
-    return f'{text}<figure class="sheet">{picture}<figcaption>What the masks let through.</figcaption></figure>'
+    drawn = _picture(sheet, SHEET_SIDE, "Contact sheet: each training picture with its mask")
+    return f'{text}<figure class="sheet">{drawn}<figcaption>What the masks let through.</figcaption></figure>'
 
 
 def _picture(path: Path, max_side: int, alt: str) -> str:
@@ -210,11 +197,7 @@ def _picture(path: Path, max_side: int, alt: str) -> str:
     except (OSError, UnidentifiedImageError) as error:
         log.warning("report: %s cannot be shown: %s", path, error)
         return f'<p class="quiet">{escape(path.name)} is gone</p>'
-    encoded = base64.b64encode(data).decode("ascii")
-    return (
-        f'<img src="data:image/{kind};base64,{encoded}" width="{size[0]}" height="{size[1]}" alt="{escape(alt)}" '
-        'loading="lazy">'
-    )
+    return picture(data, kind, size, alt)
 
 
 def embedded(path: Path, max_side: int) -> tuple[bytes, str, tuple[int, int]]:
@@ -238,48 +221,6 @@ def _file_rows(files: Iterable[Path]) -> list[dict[str, Any]]:
         except OSError as error:
             log.warning("report: %s is left out: %s", path, error.strerror)
     return rows
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as an HTML table; the first row's keys are its columns; numbers stand to the right."""
-    if not rows:
-        return ""
-    head = "".join(f'<th scope="col"{_side(value)}>{escape(str(name))}</th>' for name, value in rows[0].items())
-    lines = "".join("<tr>" + "".join(_cell(row.get(name)) for name in rows[0]) + "</tr>" for row in rows)
-    return _scrolled(f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>", "table")
-
-
-def _cell(value: Any) -> str:
-    return f"<td{_side(value)}>{escape('' if value is None else str(value))}</td>"
-
-
-def _side(value: Any) -> str:
-    """Return the attribute that puts a number to the right."""
-    return ' class="number"' if isinstance(value, int | float) and not isinstance(value, bool) else ""
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    if not values:
-        return ""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(_plain(value))}</td></tr>'
-        for name, value in values.items()
-    )
-    return _scrolled(f'<table class="pairs"><tbody>{rows}</tbody></table>', "table")
-
-
-def _scrolled(content: str, label: str) -> str:
-    """Return content that scrolls sideways in a narrow window, with the keyboard too."""
-    return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{content}</div>'
-
-
-def _plain(value: Any) -> str:
-    """Return a value as a user would write it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return " ".join(str(item) for item in value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
 def spread(row: Sequence[Sample], count: int) -> list[Sample]:

@@ -141,7 +141,7 @@ def shares_of(data: Data, store: LatentStore | None) -> list[MaskShare]:
     """
     if store is not None:
         return mask_shares.stored(data.all_samples, store)
-    masked = [sample for sample in data.all_samples if sample.mask.kind != "none"]
+    masked = [sample for sample in data.all_samples if sample.mask.is_given]
     return mask_shares.decoded(masked[:: max(1, len(masked) // MOST_DECODED)])
 
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.dataset import captions
-from library.dataset.buckets import centred
 from library.dataset.config import SubsetConfig
-from library.dataset.scan import NO_MASK, Sample
 from library.errors import DataError
 
 DATA = Path(__file__).parents[1] / "data" / "dataset" / "captions.json.gz"
@@ -122,13 +120,3 @@ def test_a_caption_that_is_not_utf_8_is_an_error(image):
     image.with_suffix(".txt").write_bytes("schön".encode("latin-1"))
     with pytest.raises(DataError, match=r"not UTF-8 \(at byte 3\)"):
         captions.read(image, SUBSET)
-
-
-def sample(*lines, num_repeats=1) -> Sample:
-    transform = centred((64, 64), (64, 64), (64, 64))
-    return Sample(Path("dir/a.png"), lines, SUBSET, 0, False, num_repeats, 1, transform, NO_MASK)
-
-
-def test_tags_count_once_an_image_in_small_letters():
-    counted = captions.tag_frequency([sample("A Cat, red", num_repeats=7), sample("a cat ,, x"), sample("red, y")])
-    assert counted == {"dir": {"a cat": 2, "red": 2, "x": 1, "y": 1}}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from library.dataset.config import SubsetConfig
 from library.dataset.geometry import Transform
 from library.dataset.images import (
     ORIENTATION,
@@ -172,7 +173,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 
 def sample_of(path, transform, mask):
-    return SimpleNamespace(path=path, transform=transform, mask=mask, give=None)
+    return SimpleNamespace(path=path, transform=transform, mask=mask, give=None, subset=SubsetConfig(path.parent))
 
 
 def test_a_file_and_alpha_of_the_same_shape_give_the_same_mask(tmp_path):

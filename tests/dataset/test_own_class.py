@@ -94,6 +94,47 @@ def test_masks_are_cut_and_mirrored_with_their_pictures(install: Install) -> Non
         torch.testing.assert_close(loaded.masks, cells, rtol=0, atol=0.01)
 
 
+def test_a_cut_follows_the_mask_of_each_picture(install: Install) -> None:
+    def give(index: int) -> dict[str, Any]:
+        mask = np.zeros((64, 192), np.uint8)
+        mask[20:40, 150 if index else 5 : 190 if index else 25] = 255
+        return {"image": np.dstack([mask] * 3), "caption": "", "mask": mask}
+
+    install(give)
+    aware = MaskOptions(mask_aware_crop=True)
+    assert batch(scan(), 0, 1).masks.sum() == 0
+    for found in (scan(masks=aware), with_sizes(install, give, aware)):
+        loaded = batch(found, 0, 1)
+        assert loaded.masks.sum(dim=(1, 2, 3)).tolist() == [20 * 20 / 64, 20 * 40 / 64]
+        assert (loaded.crop_top_lefts[:, 1] == torch.tensor([5, 126])).all()
+
+
+def with_sizes(install: Install, give: Callable[[int], Any], masks: MaskOptions) -> own_class.scan.Scan:
+    install(give, size=lambda *_: (192, 64))
+    buckets = {"enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 64}
+    return scan(masks=masks, **buckets)
+
+
+def test_a_mask_aware_crop_of_a_class_without_masks_is_warned_about(install: Install) -> None:
+    install(lambda index: {"image": picture(), "caption": ""})
+    (problem,) = scan(masks=MaskOptions(mask_aware_crop=True)).problems
+    assert "mask_aware_crop has no effect" in problem.message
+
+
+def test_pictures_of_a_class_are_placed_too(install: Install) -> None:
+    install(
+        lambda index: {
+            "image": picture(red=200),
+            "caption": "",
+            "mask": None if index else np.full((64, 64), 255, np.uint8),
+        }
+    )
+    found = scan(masks=MaskOptions(random_placement=True, placement_scale="0.5,0.5"))
+    loaded = batch(found, 0, 1)
+    assert loaded.masks.mean(dim=(1, 2, 3)).tolist() == [0.25, 0.25]
+    assert not torch.equal(loaded.masks, batch(found, 0, 1, epoch=2).masks)
+
+
 def test_pil_images_are_taken_too(install: Install) -> None:
     grey = Image.new("L", (64, 64), 51)
     install(lambda _: {"image": Image.new("RGBA", (64, 64), (255, 0, 0, 9)), "caption": "", "mask": grey})

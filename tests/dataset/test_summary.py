@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from library.dataset.buckets import centred
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.scan import NO_MASK, Sample
-from library.dataset.summary import bucket_info, describe, lines, mask_line
+from library.dataset.summary import bucket_info, describe, lines, mask_facts, mask_line, tag_frequency
 from library.masks import MaskSource
+from library.metadata import MaskFacts
 
 PHOTOS = SubsetConfig(Path("data/photos"), num_repeats=3, keep_tokens=1, flip_aug=True, caption_prefix="p")
 REG = SubsetConfig(Path("data/reg"), index=1, is_reg=True, class_tokens="cat")
@@ -61,6 +63,19 @@ def test_a_dataset_is_described_with_the_keys_of_sd_scripts():
         "is_reg": False,
     }
     assert (subsets[1]["image_dir"], subsets[1]["img_count"], subsets[1]["is_reg"]) == ("reg", 1, True)
+
+
+def test_tags_count_once_an_image_in_small_letters():
+    texts = [("A Cat, red",), ("a cat ,, x",), ("red, y",)]
+    counted = tag_frequency([replace(sample(), captions=each) for each in texts])
+    assert counted == {"photos": {"a cat": 2, "red": 2, "x": 1, "y": 1}}
+
+
+def test_masked_images_are_counted_with_repeats_and_regularisation_aside():
+    masked_reg = sample(REG, mask=MaskSource("alpha"), repeats=6)
+    assert mask_facts([*SAMPLES, masked_reg]) == MaskFacts(is_masked=True, has_alpha=True, num_images=6)
+    assert mask_facts(SAMPLES[:1]) == MaskFacts(is_masked=True, has_alpha=False, num_images=3)
+    assert mask_facts(SAMPLES[2:]) == MaskFacts()
 
 
 def test_the_description_is_plain_json():

@@ -45,7 +45,7 @@ def every_option(family: Family, pictures, tmp_path_factory) -> Trained:
 
 
 def test_a_plain_run_has_the_keys_that_are_always_there(family: Family, plain_run: Trained) -> None:
-    assert set(plain_run.metadata) == {*always(family), *LIST["with_dataset_config"]}
+    assert set(plain_run.metadata) == {*always(family), *LIST["with_dataset_config"], *LIST["with_masks"]}
 
 
 def test_a_run_with_every_option_has_every_key(family: Family, every_option: Trained) -> None:
@@ -69,7 +69,14 @@ def test_no_metadata_leaves_the_listed_keys(train, pictures, tmp_path: Path) -> 
 def test_the_description_of_the_data_has_the_listed_keys(plain_run: Trained) -> None:
     for dataset in json.loads(plain_run.metadata["ss_datasets"]):
         assert set(dataset) == set(LIST["in_datasets"])
-        assert all(set(entry) == set(LIST["in_subsets"]) for entry in dataset["subsets"])
+        masks, alpha = (set(entry) - set(LIST["in_subsets"]) for entry in dataset["subsets"])
+        assert all(set(LIST["in_subsets"]) <= set(entry) for entry in dataset["subsets"])
+        assert (masks, alpha) == ({"conditioning_data_dir"}, {"alpha_mask"})
+
+
+def test_masked_images_are_counted_in_the_file(plain_run: Trained) -> None:
+    keys = ("ss_masked_loss", "ss_alpha_mask", "ss_num_masked_images", "ss_num_train_images")
+    assert [plain_run.metadata[key] for key in keys] == ["True", "True", "4", "4"]
 
 
 @pytest.mark.parametrize("option", TEXTS)

@@ -32,7 +32,7 @@ def config(pictures, tmp_path):
     return write_toml(
         tmp_path / "chance.toml",
         subset(tmp_path / "images", alpha_mask=True, **chance),
-        subset(pictures.photos, conditioning_data_dir=pictures.photo_masks, **chance),
+        subset(pictures.photos, conditioning_data_dir=pictures.photo_masks, random_placement=True, **chance),
         batch_size=1,
     )
 

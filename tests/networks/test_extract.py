@@ -12,7 +12,7 @@ from lora_samples import (
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sd15, tiny_sd21, tiny_sdxl
 
-from library.metadata import hashes
+from library.file_hashes import hashes
 from library.models.checkpoint import open_tensors
 from networks import extract_lora_from_models, merge_lora, sdxl_merge_lora
 from networks.checkpoint_places import SD1, SD2, SDXL, places

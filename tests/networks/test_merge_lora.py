@@ -14,7 +14,7 @@ from lora_samples import (
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sd15
 
-from library.metadata import hashes
+from library.file_hashes import hashes
 from networks import merge_lora
 
 PAIRS = [

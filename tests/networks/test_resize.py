@@ -15,7 +15,7 @@ from lora_samples import (
 )
 from safetensors.torch import load_file, save_file
 
-from library.metadata import hashes
+from library.file_hashes import hashes
 from networks import check_lora_weights, resize_lora
 
 LINEAR, CONV = "lora_unet_x", "lora_unet_y"

@@ -133,3 +133,47 @@ def test_other_names_of_the_same_kind_and_other_curves_go_on(before, now) -> Non
 def test_another_kind_of_optimizer_or_schedule_is_refused(before, now, message) -> None:
     with pytest.raises(CheckpointError, match=message):
         changes.refuse_other_kinds(manifest(build_all(before)), build_all(now))
+
+
+def test_a_state_from_before_masks_had_settings_is_still_of_the_same_data_set() -> None:
+    one = SubsetConfig(Path("photos"), caption_extension=".txt", flip_aug=True, conditioning_data_dir=Path("m"))
+    reg = SubsetConfig(Path("reg"), index=1, is_reg=True)
+    written = changes.fingerprint([DatasetConfig((64, 64), (one, reg), batch_size=2)], []).split("-")[2]
+    assert written == "d438b6e4bcc1373e"  # by the version before them
+    assert changes.fingerprint([DatasetConfig((64, 64), (one,))], []).split("-")[2] == "8aa95730f4fc3d5d"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"mask_fill": ("mean",)},
+        {"mask_labels": (("1", 0.5),)},
+        {"mask_invert": True},
+        {"mask_feather": 3.0},
+        {"mask_area_norm": 0.5},
+        {"unmasked_probability": 0.1},
+        {"mask_prior_weight": 1.0},
+        {"mask_drop_tags": ("hat",)},
+        {"mask_captions": True},
+        {"mask_aware_crop": True},
+        {"random_placement": True},
+        {"placement_rotate": 5.0},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_changed_setting_of_masks_is_told_of_a_subset(setting: dict[str, object]) -> None:
+    plain = SubsetConfig(Path("photos"))
+    before, now = (
+        changes.fingerprint([DatasetConfig((64, 64), (each,))], []).split("-")
+        for each in (plain, replace(plain, **setting))  # type: ignore[arg-type]
+    )
+    assert differing(before, now) == ["settings"]
+
+
+def test_a_changed_setting_of_masks_is_told_of_the_command_line(caplog) -> None:
+    now = build_all({"mask_fill": ["noise", "mean"], "mask_prior_every": 4, "mask_drop_tags": ["hat"]})
+    assert told(build_all({}), now, caplog) == [
+        "--resume: --mask_drop_tags was not given, is hat",
+        "--resume: --mask_fill was keep, is noise mean",
+        "--resume: --mask_prior_every was 1, is 4",
+    ]

@@ -1,0 +1,88 @@
+"""Checks of sizes: pictures turned, enlarged, cut, of extreme proportions, and buckets that do not fill a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from library.dataset.plan import group_by_bucket
+from library.dataset.problems import Problem
+from library.dataset.scan import Sample
+from library.inspection.kinds import found
+from library.inspection.scene import Scene
+
+ENLARGED = 2.0  # times: beyond it a picture is mush
+EXTREME = 4.0  # longer side to shorter
+MOST_CUT = 0.5  # share of the picture's area
+
+
+def turned(scene: Scene) -> Iterator[Problem]:
+    """Yield pictures that an EXIF mark turns."""
+    for sample in _each(scene):
+        if sample.orientation != 1:
+            reason = f"is turned upright, as its EXIF orientation {sample.orientation} says."
+            yield found("image-turned", sample.path, reason, joint="pictures are turned as their EXIF mark says")
+
+
+def enlarged(scene: Scene) -> Iterator[Problem]:
+    """Yield pictures that are enlarged a lot to fill their bucket."""
+    for sample in _each(scene):
+        transform = sample.transform
+        scale = transform.resized[0] / transform.source[0]
+        if scale >= ENLARGED and _aspect(sample) <= EXTREME:
+            (width, height), target = transform.source, "{}x{}".format(*transform.target)
+            reason = f"has {width}x{height} pixels and is enlarged {scale:.1f} times, to fill {target}."
+            yield found("image-enlarged", sample.path, reason, joint="pictures are enlarged a lot")
+
+
+def extreme(scene: Scene) -> Iterator[Problem]:
+    """Yield pictures much longer in one direction than in the other."""
+    for sample in _each(scene):
+        if _aspect(sample) > EXTREME:
+            width, height = sample.transform.source
+            reason = f"is {width}x{height}, {_aspect(sample):.1f} to 1. {share_cut(sample):.0%} is cut away."
+            yield found("image-aspect", sample.path, reason, joint="pictures are of extreme proportions")
+
+
+def cut(scene: Scene) -> Iterator[Problem]:
+    """Yield pictures of which most is cut away."""
+    for sample in _each(scene):
+        share = share_cut(sample)
+        if share > MOST_CUT and _aspect(sample) <= EXTREME:
+            target = "{}x{}".format(*sample.transform.target)
+            reason = f"{share:.0%} of it is cut away to fit into {target}."
+            yield found("image-cut", sample.path, reason, joint="pictures lose more than half to the cut")
+
+
+def short_batches(scene: Scene) -> Iterator[Problem]:
+    """Yield buckets with fewer pictures, repeats counted, than a batch holds."""
+    for bucket in group_by_bucket(scene.configs, scene.scan.samples):
+        if bucket.num_draws < bucket.batch_size:
+            paths = tuple(scene.scan.samples[number].path for number in bucket.samples)
+            size = "{}x{}".format(*bucket.size)
+            reason = (
+                f"bucket {size} holds {bucket.num_draws} of the {bucket.batch_size} pictures of a batch, repeats "
+                "counted: its batches are short, and weigh each of its pictures more."
+            )
+            source = scene.scan.samples[bucket.samples[0]].subset.source
+            joint = "buckets hold fewer pictures than a batch"
+            yield found("bucket-short", source, reason, files=paths, joint=joint, name=size)
+
+
+def _aspect(sample: Sample) -> float:
+    return max(sample.transform.source) / min(sample.transform.source)
+
+
+def share_cut(sample: Sample) -> float:
+    """Return the share of a picture that its bucket does not show."""
+    (width, height), (resized_width, resized_height) = sample.transform.target, sample.transform.resized
+    return max(0.0, 1 - width * height / (resized_width * resized_height))
+
+
+def _each(scene: Scene) -> Iterator[Sample]:
+    """Yield the samples of files, each in each size once."""
+    seen = set()
+    for sample in scene.of_files:
+        key = (sample.path, sample.transform)
+        if key not in seen:
+            seen.add(key)
+            yield sample
