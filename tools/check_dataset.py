@@ -52,8 +52,9 @@ def check(read: CommandLine) -> int:
     from library.dataset.problems import Problem
     from library.dataset.scan import check_masked_loss
     from library.errors import OptionError
-    from library.inspection import decoding, findings_file
+    from library.inspection import decoding, findings_file, page
     from library.inspection.inspect import inspect, once
+    from library.inspection.scene import Scene
 
     options, wanted = read.options, {name: Path(value) for name, value in read.own.items() if name in WRITTEN and value}
     groups = (options.dataset, options.captions, options.masks, options.validation)
@@ -71,6 +72,10 @@ def check(read: CommandLine) -> int:
         known = {problem.path for problem in problems if problem.severity == "error"}
         problems += [each for each in draw_sheet(samples, wanted["contact_sheet"]) if each.path not in known]
     problems = once(problems)
+    if "html" in wanted:
+        scene = Scene(configs, found, looked)
+        title = page.title_of(scene, options.dataset.dataset_config)
+        page.write_page(wanted["html"], title, scene, problems)
     if "json" in wanted:
         findings_file.write_json(findings_file.as_json(found, looked, problems), wanted["json"])
 
@@ -87,12 +92,22 @@ def check(read: CommandLine) -> int:
 
 
 def tell(problems: Sequence[Problem]) -> None:
-    """Print all problems, the worst first."""
+    """Print all problems, the worst first; of notes a line for each kind."""
+    from library.dataset.problems import joint_messages
+
     counts = {severity: sum(each.severity == severity for each in problems) for severity in SEVERITIES}
-    notes = f", {counts['note']} notes" if counts["note"] else ""
-    print(f"problems: {counts['error']} errors, {counts['warning']} warnings{notes}")
+    more = f", {counts['note']} notes" if counts["note"] else ""
+    print(f"problems: {counts['error']} errors, {counts['warning']} warnings{more}")
     for problem in sorted(problems, key=lambda each: SEVERITIES.index(each.severity)):
-        print(f"  {problem.severity}: {problem.message} [{problem.code}]")
+        if problem.severity != "note":
+            print(f"  {problem.severity}: {problem.message} [{problem.code}]")
+    notes_by_code: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if problem.severity == "note":
+            notes_by_code.setdefault(problem.code, []).append(problem)
+    for code, alike in notes_by_code.items():
+        for message in joint_messages(alike):
+            print(f"  note: {message} [{code}]")
 
 
 def draw_sheet(samples: Sequence[Sample], path: Path) -> list[Problem]:

@@ -39,13 +39,13 @@ def read(image: Path, subset: SubsetConfig) -> tuple[str, ...] | None:
         except FileNotFoundError:
             continue
         except UnicodeDecodeError as error:
-            message = f"{path}: is not UTF-8 (at byte {error.start}). Save the caption as UTF-8."
-            raise FileError("caption-encoding", message) from None
+            reason = f"{path}: is not UTF-8 (at byte {error.start})."
+            raise FileError("caption-encoding", reason, "Save the caption as UTF-8.") from None
         except OSError as error:
             message = f"{path}: cannot be read ({error.strerror or error})."
             raise FileError("caption-unreadable", message) from None
         if not text:
-            raise FileError("caption-empty", f"{path}: is empty. Write a caption, or delete the file.")
+            raise FileError("caption-empty", f"{path}: is empty.", "Write a caption, or delete the file.")
         lines = [line.strip() for line in text.split("\n")]
         if subset.enable_wildcard:
             return tuple(line for line in lines if line) or ("",)

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from library.dataset.config import SubsetConfig
     from library.errors import DataError
 
+UNREAD = ("image-unreadable", "image-too-large", "file-empty")  # codes of images that are left out
 CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".text")  # that tagging programs write
 
 
-def code_of(error: DataError, otherwise: str) -> str:
-    """Return the kind of fault of a file; of one that is no readable picture, what that means where it lies."""
-    return error.code if isinstance(error, FileError) and error.code != "unreadable" else otherwise
+def failure(path: Path, error: DataError, otherwise: str) -> Problem:
+    """Return the error of a file that cannot be used; otherwise: its code if it says none but "unreadable"."""
+    if not isinstance(error, FileError):
+        return Problem("error", path, str(error), code=otherwise)
+    code = otherwise if error.code == "unreadable" else error.code
+    return Problem("error", path, str(error), code=code, remedy=error.remedy)
 
 
 def absent_images(absent: Sequence[Path], subset: SubsetConfig) -> Iterator[Problem]:
@@ -173,12 +177,14 @@ def surplus_masks(
     Args:
         masks: by folder.
         stems: of the images that look there for their masks, by folder.
-        known: problems found so far.
+        known: problems found so far; the mask of an image that cannot be read is not told of.
     """
+    known = list(known)
+    unread = {each.path.stem for each in known if each.code in UNREAD}
     nearly = {file: each.code for each in known if each.code in ("mask-case", "mask-near-miss") for file in each.files}
     for folder, paths in masks.items():
         for mask in paths:
-            if mask.stem not in stems[folder]:
+            if mask.stem not in stems[folder] and mask.stem not in unread:
                 joint = Joint(f"masks in {folder} are not used, no image has their name", mask.name)
                 message = f"{mask}: not used, no image has this name."
                 yield Problem("warning", mask, message, joint, nearly.get(mask, "mask-surplus"))

@@ -80,9 +80,8 @@ def read_header(path: Path) -> Header:
             if _needs_decoding(path, image.format):
                 image.load()
             if image.mode == "F":
-                raise FileError(
-                    "unreadable", f"{path}: has floating-point pixels. Save it with 8 or 16 bits a channel."
-                )
+                reason = f"{path}: has floating-point pixels."
+                raise FileError("unreadable", reason, "Save it with 8 or 16 bits a channel.")
             # The base class reads what is there; a PNG's own method would decode the picture to look for more.
             orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
             if orientation not in range(1, 9):
@@ -91,13 +90,15 @@ def read_header(path: Path) -> Header:
             return Header((size[0], size[1]), orientation, image.has_transparency_data)
     except Image.DecompressionBombError:
         most = f"{2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels"
-        raise FileError("image-too-large", f"{path}: has more than {most}. Save it smaller.") from None
+        raise FileError("image-too-large", f"{path}: has more than {most}.", "Save it smaller.") from None
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         if (fingerprint(path) or [0, -1])[1] == 0:
-            raise FileError("file-empty", f"{path}: has no content, 0 bytes. Copy it again, or take it away.") from None
+            raise FileError(
+                "file-empty", f"{path}: has no content, 0 bytes.", "Copy it again, or take it away."
+            ) from None
         reason = "not an image" if "cannot identify" in str(error) else str(error)
-        message = f"{path}: cannot be read as an image ({reason}). Save it again, or take it away."
-        raise FileError("unreadable", message) from None
+        reason = f"{path}: cannot be read as an image ({reason})."
+        raise FileError("unreadable", reason, "Save it again, or take it away.") from None
 
 
 def _needs_decoding(path: Path, image_format: str | None) -> bool:

@@ -29,10 +29,10 @@ class Joint:
 class FileError(DataError):
     """A file that cannot be used, with the kind of its fault."""
 
-    def __init__(self, code: str, message: str) -> None:
-        """Take the code, see Problem.code, and the message."""
-        super().__init__(message)
-        self.code = code
+    def __init__(self, code: str, reason: str, remedy: str = "") -> None:
+        """Take the code, see Problem.code, what is wrong, naming the file, and what to do."""
+        super().__init__(f"{reason} {remedy}".rstrip())
+        self.code, self.remedy = code, remedy
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,6 @@ class Problem:
     code: str = "other"  # its kind, which library/inspection/kinds.py explains
     remedy: str = ""  # what to do, if that is not what the kind says
     files: tuple[Path, ...] = ()  # others that it is about: of a mask its image, of a copy the original
-
-    @property
-    def reason(self) -> str:
-        """What is wrong: the message without the path at its start and the remedy at its end."""
-        return self.message.removeprefix(f"{self.path}: ").removesuffix(self.remedy).rstrip()
 
 
 def raise_errors(problems: Sequence[Problem]) -> None:

@@ -77,6 +77,10 @@ class _Findings:
     def error(self, path: Path, message: str, code: str) -> None:
         self.problems.append(Problem("error", path, message, code=code))
 
+    def failure(self, path: Path, error: DataError, otherwise: str) -> None:
+        """Note that a file cannot be used; otherwise: the code of a picture that is not readable where it lies."""
+        self.problems.append(faults.failure(path, error, otherwise))
+
 
 def scan(configs: Sequence[DatasetConfig]) -> Scan:
     """Return the samples of all datasets in the order of subsets and names, and all problems found."""
@@ -103,7 +107,7 @@ def _scan_subset(config: DatasetConfig, subset: SubsetConfig, dataset: int, find
     try:
         headers, written = scan_source(subset, findings)
     except DataError as error:
-        findings.error(subset.source, str(error), faults.code_of(error, "source-unreadable"))
+        findings.failure(subset.source, error, "source-unreadable")
         return []
     readable = list(headers)
     masks = _masks(readable, headers, subset, findings)
@@ -189,7 +193,7 @@ def _headers(
     unread = [path for path in paths if path not in findings.headers]
     for path, header in zip(unread, files.read_all(files.read_header, unread), strict=True):
         if isinstance(header, DataError):
-            findings.error(path, str(header), faults.code_of(header, f"{kind}-unreadable"))
+            findings.failure(path, header, f"{kind}-unreadable")
         else:
             findings.headers[path] = header
     return {path: findings.headers[path] for path in paths if path in findings.headers}
@@ -210,7 +214,7 @@ def _captions(written: Written, subset: SubsetConfig, findings: _Findings) -> di
     without: list[Path] = []
     for image, lines in written.items():
         if isinstance(lines, DataError):
-            findings.error(image, str(lines), faults.code_of(lines, "caption-unreadable"))
+            findings.failure(image, lines, "caption-unreadable")
         else:
             texts[image] = (subset.class_tokens or "",) if lines is None else lines
             without += [image] if lines is None else []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from library import mask_shaping
 from library.dataset import contact_sheet, files, geometry, images, looks
@@ -27,6 +27,7 @@ from library.whole_file import fitting_name
 
 FRAME = 1 / 16  # width of the frame whose weight tells an inverted mask, of the shorter side
 THUMBNAIL = 176  # pixels, longest side of a picture on the page
+THUMBNAIL_GAP = 4
 PNG_BITS = 24  # where a PNG says how many bits a channel has
 MULTI_PICTURE = "MPO"  # JPEGs of cameras with a second picture for preview: not animated
 
@@ -90,10 +91,16 @@ def _picture(sample: Sample, problems: list[Problem]) -> tuple[PictureFacts | No
         if (width, height) != sample.transform.source:
             raise DataError(f"{sample.path}: has changed while it was read. Start again.")
     except DataError as error:
-        problems.append(Problem("error", sample.path, str(error), code="image-unreadable"))
+        problems.append(_failure(sample.path, error, "image-unreadable"))
         return None, None, None
     alpha = None if decoded.alpha is None else measuring.alpha_facts(decoded.rgb, decoded.alpha)
     return PictureFacts(_file_facts(data), alpha, *measuring.likeness(decoded.rgb, decoded.alpha)), decoded, None
+
+
+def _failure(path: Path, error: DataError, code: str, about: tuple[Path, ...] = ()) -> Problem:
+    """Return the error of a file that cannot be decoded; the last sentence of its message says what to do."""
+    remedy = str(error).rpartition(". ")[2]
+    return Problem("error", path, str(error), code=code, remedy=remedy, files=about)
 
 
 def _file_facts(data: bytes) -> FileFacts:
@@ -121,7 +128,7 @@ def _mask(sample: Sample, decoded: Decoded | None, problems: list[Problem]) -> t
             image = images.open_mask(data, source.path)
             raw = images.mask_values(image, source.path, labels)
         except DataError as error:
-            problems.append(Problem("error", source.path, str(error), code="mask-unreadable", files=(sample.path,)))
+            problems.append(_failure(source.path, error, "mask-unreadable", (sample.path,)))
             return None, None
         file, hue, transparency = _file_facts(data), measuring.coloured(image), measuring.transparency(image)
         if labels:
@@ -177,22 +184,18 @@ def _thumbnail(sample: Sample, decoded: Decoded, mask: Pixels | None) -> bytes:
     """Return a WebP of a sample as trained, and beside it, if it has a mask, the same under its veil."""
     look = looks.looks_of(sample)[0]
     seen = images.see(decoded, mask, look, sample.path)
-    parts = [seen.pixels]
+    (width, height), longest = sample.transform.target, max(sample.transform.target)
+    size = (width, height)
+    if longest > THUMBNAIL:
+        size = (max(1, width * THUMBNAIL // longest), max(1, height * THUMBNAIL // longest))
+    small = np.asarray(cv2.resize(seen.pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+    parts = [small]
     if seen.mask is not None:
-        parts.append(contact_sheet.veiled(seen.pixels, to_array(seen.mask)))
-    shown = [_shrunk(part) for part in parts]
-    sheet = Image.new("RGB", (sum(each.width for each in shown) + 4 * (len(shown) - 1), shown[0].height), "white")
-    for number, each in enumerate(shown):
-        sheet.paste(each, (number * (shown[0].width + 4), 0))
-    return as_webp(sheet)
-
-
-def _shrunk(pixels: Pixels) -> Image.Image:
-    image = Image.fromarray(pixels)
-    if max(image.size) <= THUMBNAIL:
-        return image
-    width, height = ImageOps.contain(image, (THUMBNAIL, THUMBNAIL), Image.Resampling.NEAREST).size
-    return Image.fromarray(np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8))
+        weights = cv2.resize(to_array(seen.mask), size, interpolation=cv2.INTER_NEAREST_EXACT)
+        parts.append(contact_sheet.veiled(small, np.asarray(weights, np.float32)))
+    gap = np.full((size[1], THUMBNAIL_GAP, 3), 255, np.uint8)
+    row = parts if len(parts) == 1 else [parts[0], gap, parts[1]]
+    return as_webp(Image.fromarray(np.concatenate(row, axis=1)))
 
 
 def as_webp(image: Image.Image) -> bytes:

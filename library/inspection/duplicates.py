@@ -12,8 +12,8 @@ from library.inspection.facts import Looked
 from library.inspection.kinds import found
 from library.inspection.scene import Scene
 
-ALIKE = 0.985  # correlation of the brightness of coarse squares
-MOST_BITS = 0.07  # share of the steps between finer squares that may go the other way
+ALIKE = 0.98  # correlation of the brightness of coarse squares
+MOST_BITS = 0.12  # share of the steps between finer squares that may go the other way
 ROWS = 512  # compared with all others at a time
 
 

@@ -34,7 +34,7 @@ class AlphaFacts:
     least: int  # 0 is transparent, 255 opaque
     most: int
     hidden: float  # share of the pixels that are transparent altogether
-    hidden_detail: float  # mean difference of the colours of neighbours among these, 0 to 255
+    hidden_detail: float  # share of these that differ from their neighbour
 
 
 @dataclass(frozen=True, eq=False)

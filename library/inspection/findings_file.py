@@ -12,7 +12,7 @@ from library.dataset.problems import Problem
 from library.dataset.scan import Scan
 from library.errors import DataError
 from library.inspection.facts import Looked
-from library.inspection.kinds import remedy_of
+from library.inspection.kinds import reason_of, remedy_of
 
 
 def mean_weight(looked: Sequence[Looked]) -> float | None:
@@ -44,7 +44,7 @@ def as_json(scan: Scan, looked: Sequence[Looked], problems: Sequence[Problem]) -
                 "code": problem.code,
                 "path": str(problem.path),
                 "message": problem.message,
-                "reason": problem.reason,
+                "reason": reason_of(problem),
                 "remedy": remedy_of(problem),
                 "files": [str(path) for path in problem.files],
             }

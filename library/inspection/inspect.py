@@ -28,7 +28,23 @@ QUICK: tuple[Check, ...] = (  # of names, headers, captions and settings
     captions.blank,
     captions.garbled,
     captions.naming_what_is_masked,
-    captions.drop_tags_without_effect,
+    settings.idle_mask_settings,
+    settings.idle_placement,
+    settings.contradictions,
+    settings.learnt_fills,
+)
+TOLD_AT_START: tuple[Check, ...] = (  # of training, which has told of some others by then
+    folders.inner_folders,
+    folders.names_with_repeats,
+    folders.unread_formats,
+    folders.same_stems,
+    folders.unused_masks,
+    shapes.enlarged,
+    shapes.extreme,
+    shapes.cut,
+    captions.blank,
+    captions.garbled,
+    captions.naming_what_is_masked,
     settings.idle_mask_settings,
     settings.idle_placement,
     settings.contradictions,
@@ -69,6 +85,20 @@ def inspect(configs: Sequence[DatasetConfig], scan: Scan, looked: Sequence[Looke
     for check in (*QUICK, *(OF_PIXELS if looked else ())):
         found += check(scene)
     return once(found)
+
+
+def warnings_at_start(configs: Sequence[DatasetConfig], scan: Scan) -> list[Problem]:
+    """Return what training should warn of besides the problems of the scan, without reading a pixel.
+
+    That no image of the run has a mask, and what then has no effect, training says itself.
+    """
+    has_masks = any(sample.mask.kind != "none" for sample in (*scan.samples, *scan.validation))
+    checks = [check for check in TOLD_AT_START if has_masks or check is not settings.idle_mask_settings]
+    scene = Scene(configs, scan)
+    found = [problem for check in checks for problem in check(scene)]
+    return [
+        problem for problem in once([*scan.problems, *found])[len(scan.problems) :] if problem.severity == "warning"
+    ]
 
 
 def once(problems: Iterable[Problem]) -> list[Problem]:

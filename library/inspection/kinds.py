@@ -51,7 +51,7 @@ GROUPS: Mapping[str, tuple[Kind, ...]] = MappingProxyType(
             Kind("image-unreadable", "error", "Pictures that cannot be read",
                  "Save it again, or take it away."),
             Kind("image-too-large", "error", "Pictures with too many pixels",
-                 "Shrink it: more than a few times the training size only costs time."),
+                 "Save it smaller."),
             Kind("image-animated", "warning", "Animated files, of which one picture is seen",
                  "Save the picture that you want as a file of its own."),
             Kind("image-16-bit", "note", "Pictures with 16 bits a channel, read as 8",
@@ -168,8 +168,10 @@ GROUPS: Mapping[str, tuple[Kind, ...]] = MappingProxyType(
                  "Set caption_extension, or rename the files."),
             Kind("caption-names-masked", "warning", "Captions that name what is masked out",
                  "Set mask_drop_tags, or take the words out."),
-            Kind("drop-tags-unused", "note", "mask_drop_tags that no caption has",
+            Kind("drop-tags-unused", "warning", "mask_drop_tags that no caption has",
                  "Check how the captions write it."),
+            Kind("drop-tags-all", "warning", "Captions of which mask_drop_tags leaves nothing",
+                 "Write more into the caption, or drop fewer tags."),
         ),
         "Settings": (
             Kind("only-regularisation", "error", "Data sets of regularisation images alone",
@@ -221,6 +223,11 @@ def found(
     remedy = remedy or kind.remedy
     together = Joint(joint, name or path.name, remedy) if joint else None
     return Problem(severity or kind.severity, path, f"{path}: {reason} {remedy}", together, code, remedy, files)
+
+
+def reason_of(problem: Problem) -> str:
+    """Return what is wrong: a problem's message without the path at its start and the remedy at its end."""
+    return problem.message.removeprefix(f"{problem.path}: ").removesuffix(remedy_of(problem)).rstrip()
 
 
 def remedy_of(problem: Problem) -> str:

@@ -16,6 +16,8 @@ from library.masks import CELL
 SQUARES = 16  # a side, in which a picture is compared with others
 FLAT = 2.0  # a standard deviation below it is no detail, of 255
 WHITE = 128  # from here on a mask pixel is taken for white
+STEP = 4  # between neighbours, that is no smooth shade, of 255
+FINE = 512  # pixels of the shorter side, from which on half of the mask's resolution shows its specks
 SPECK = 1 / 200  # side of a speck at most, of the mask's shorter side
 NEARLY = (1, 24)  # distance to black or white that JPEG leaves around edges
 COLOURED = 16  # difference of channels that is no rounding
@@ -32,8 +34,8 @@ def alpha_facts(rgb: Pixels, alpha: Pixels) -> AlphaFacts:
     detail = 0.0
     both = is_hidden[:, 1:] & is_hidden[:, :-1]
     if hidden and both.any():
-        steps = cv2.absdiff(np.ascontiguousarray(rgb[:, 1:]), np.ascontiguousarray(rgb[:, :-1]))
-        detail = float(steps[both].mean())
+        steps = cv2.absdiff(np.ascontiguousarray(rgb[:, 1:, 1]), np.ascontiguousarray(rgb[:, :-1, 1]))
+        detail = float((steps[both] > STEP).mean())
     return AlphaFacts(least, most, hidden, detail)
 
 
@@ -76,7 +78,7 @@ def transparency(image: Image.Image) -> tuple[int, int] | None:
 
 def ringing(mask: Pixels) -> float:
     """Return the share of the pixels of a mask that are nearly black or nearly white, but not quite."""
-    counts = np.bincount(mask.ravel(), minlength=256)
+    counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel()
     low, high = NEARLY
     return float(counts[low : high + 1].sum() + counts[255 - high : 255 - low + 1].sum()) / mask.size
 
@@ -84,9 +86,12 @@ def ringing(mask: Pixels) -> float:
 def specks(mask: Pixels) -> int:
     """Return the number of small islands in a mask (H, W), white on black or black on white."""
     is_white = (mask >= WHITE).astype(np.uint8)
-    largest = max(2.0, min(mask.shape) * SPECK) ** 2
+    halved = min(mask.shape) >= FINE
+    largest = max(2.0, min(mask.shape) * SPECK / (1 + halved)) ** 2
     total = 0
-    for part in (is_white, 1 - is_white):
+    for part in (is_white, np.asarray(1 - is_white, np.uint8)):
+        if halved:  # so that islands stay: four times faster
+            part = np.ascontiguousarray(cv2.dilate(part, np.ones((2, 2), np.uint8))[::2, ::2])
         count, _, stats, _ = cv2.connectedComponentsWithStats(part, connectivity=8)
         total += int((stats[1:count, cv2.CC_STAT_AREA] <= largest).sum())
     return total

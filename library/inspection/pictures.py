@@ -13,7 +13,7 @@ LARGE = 80_000_000  # pixels: a picture that takes seconds to decode, at each st
 SHALLOW = 8  # bits
 OPAQUE = 250  # nearly so: scanners and editors leave 254
 HIDDEN = 0.01  # share of a picture under transparency that matters
-DETAIL = 2.0  # mean difference of neighbours from which on something is to be seen
+DETAIL = 0.12  # share of pixels that differ from their neighbour: a picture, and not a plain or smooth ground
 
 
 def unreadable(scene: Scene) -> Iterator[Problem]:

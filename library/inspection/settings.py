@@ -18,22 +18,19 @@ DEFAULTS = {field.name: field.default for field in fields(SubsetConfig)}
 
 
 def idle_mask_settings(scene: Scene) -> Iterator[Problem]:
-    """Yield settings of masks that no masked image has."""
-    if not scene.samples:
-        return
+    """Yield settings of masks that no masked image has; where masks may only be missing by mistake, nothing."""
+    has_errors = any(problem.severity == "error" for problem in scene.scan.problems)
     masked = {id(sample.subset) for sample in scene.samples if sample.mask.kind != "none"}
     has_masks = {name for subset in _subsets(scene) if id(subset) in masked for name in _set(subset, OF_MASKS)}
     for subset in _subsets(scene):
-        if id(subset) not in masked and not any(problem.severity == "error" for problem in scene.scan.problems):
-            names = [name for name in _set(subset, OF_MASKS) if name not in has_masks and not _is_of_placement(name)]
-            names = [name for name in names if not (name == "mask_fill" and subset.random_placement)]
+        may_have_masks = subset.conditioning_data_dir is not None and has_errors
+        if id(subset) not in masked and not may_have_masks:
+            names = [name for name in _set(subset, OF_MASKS) if name not in has_masks]
+            if subset.random_placement:  # which fills what it leaves free
+                names = [name for name in names if name != "mask_fill"]
             if names:
                 reason = f"{listed(names)} has no effect: no image here has a mask."
                 yield found("mask-settings-idle", subset.source, reason)
-
-
-def _is_of_placement(name: str) -> bool:
-    return name in OF_PLACEMENT
 
 
 def idle_placement(scene: Scene) -> Iterator[Problem]:
@@ -57,16 +54,21 @@ def contradictions(scene: Scene) -> Iterator[Problem]:
         if subset.mask_weight_min >= 1:
             reason = "mask_weight_min = 1 lets everything be learnt: the masks have no effect."
             yield found("mask-settings-contradict", source, reason, remedy="Set it well below 1.")
-        elif subset.mask_weight_min > 0 and set(subset.mask_fill) != {"keep"}:
-            reason = f"mask_weight_min = {subset.mask_weight_min:g} lets the fill be learnt that mask_fill puts there."
-            remedy = 'Set mask_weight_min = 0, or mask_fill = "keep".'
-            yield found("mask-settings-contradict", source, reason, remedy=remedy)
         if subset.unmasked_probability >= 1:
             reason = "unmasked_probability = 1 shows every image without its mask: the masks have no effect."
             yield found("mask-settings-contradict", source, reason, remedy="Set it below 1.")
         if subset.mask_labels and all(weight == 0 for _, weight in subset.mask_labels) and not subset.mask_invert:
             reason = "mask_labels gives every label the weight 0: nothing is learnt."
             yield found("mask-settings-contradict", source, reason, remedy="Give what is to be learnt a weight.")
+
+
+def learnt_fills(scene: Scene) -> Iterator[Problem]:
+    """Yield weights of what is masked out that let a fill be learnt; reading the config says that too."""
+    for subset in _subsets(scene):
+        if 0 < subset.mask_weight_min < 1 and set(subset.mask_fill) != {"keep"}:
+            reason = f"mask_weight_min = {subset.mask_weight_min:g} lets the fill be learnt that mask_fill puts there."
+            remedy = 'Set mask_weight_min = 0, or mask_fill = "keep".'
+            yield found("mask-settings-contradict", subset.source, reason, remedy=remedy)
 
 
 def _subsets(scene: Scene) -> list[SubsetConfig]:

@@ -63,7 +63,7 @@ def short_batches(scene: Scene) -> Iterator[Problem]:
                 f"bucket {size} holds {bucket.num_draws} of the {bucket.batch_size} pictures of a batch, repeats "
                 "counted: its batches are short, and weigh each of its pictures more."
             )
-            source = scene.configs[bucket.dataset].subsets[0].source
+            source = scene.scan.samples[bucket.samples[0]].subset.source
             joint = "buckets hold fewer pictures than a batch"
             yield found("bucket-short", source, reason, files=paths, joint=joint, name=size)
 

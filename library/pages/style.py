@@ -19,7 +19,7 @@ h3 { margin: 0; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }
 p { margin: 0 0 12px; }
 .kind, .quiet, figcaption, .legend { color: var(--quiet); font-size: .875rem; }
 .kind { margin: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 0 0 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 0 0 20px; }
 .tiles div, section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .tiles div { padding: 12px 16px; }
 dt { color: var(--quiet); font-size: .8125rem; }

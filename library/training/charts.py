@@ -82,14 +82,19 @@ def region_chart(
     return plot.svg(lines, f"Loss inside and outside of the masks: {'; '.join(told)}.", "step", "")
 
 
-def drift_chart(drifts: Sequence[tuple[int, float]]) -> str:
-    """Return the SVG of how far predictions are from the untrained model's outside of masks, low and wide."""
+def drift_chart(drifts: Sequence[tuple[int, float]], steps: tuple[int, int]) -> str:
+    """Return the SVG of how far predictions are from the untrained model's outside of masks, low and wide.
+
+    Args:
+        drifts: (step, drift), steps rising.
+        steps: the first and the last of the axis, which is that of the chart above.
+    """
     points = _points(drifts)
     if not points:
         return ""
     smooth = smoothed(points)
     label = f"Drift outside of the masks: {_number(smooth[0][1])} at first, {_number(smooth[-1][1])} at last."
-    plot = Plot((points[0][0], points[-1][0]), (0.0, max(y for _, y in points) * 1.05), HEIGHT // 2, "drift outside")
+    plot = Plot((steps[0], steps[1]), (0.0, max(y for _, y in points) * 1.05), HEIGHT // 2, "drift outside")
     return plot.svg([("each drift", points), ("drift", smooth)], label, "step", "")
 
 

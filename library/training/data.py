@@ -27,6 +27,7 @@ from library.dataset import (
 from library.dataset.latents import LatentSettings
 from library.dataset.loader import BatchLoader, DrawnImages, LoaderSettings, make_loader
 from library.errors import OptionError
+from library.inspection.inspect import warnings_at_start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from library.options.caching import CachingOptions
 
 log = logging.getLogger(__name__)
+
+MOST_DOUBTS = 5  # lines about the data set
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     problems.raise_errors(found.problems)
     problems.log_warnings(found.problems)
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
+    _warn_of_doubts(configs, found)
     mask_settings.read_first_label_maps(found.samples + found.validation)
     found = mask_shares.without_empty(found)
     mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
@@ -130,6 +134,15 @@ def _warn_of_idle_weights(prior_every: int, samples: Sequence[Sample]) -> None:
             log.warning("%s has no effect: none of the images that it is for has a mask", name)
     if prior_every > 1 and not any(subset.mask_prior_weight for subset in masked):
         log.warning("--mask_prior_every has no effect: no image with a mask has a mask_prior_weight")
+
+
+def _warn_of_doubts(configs: Sequence[DatasetConfig], found: scan.Scan) -> None:
+    """Warn of what is no error and seldom meant, in a few lines; no pixel is read."""
+    messages = problems.joint_messages(warnings_at_start(configs, found))
+    for message in messages[:MOST_DOUBTS]:
+        log.warning("%s", message)
+    if messages[MOST_DOUBTS:]:
+        log.warning("%d more warnings about the data set: see tools/check_dataset.py", len(messages[MOST_DOUBTS:]))
 
 
 def in_whole_tokens(config: DatasetConfig, side_multiple: int) -> DatasetConfig:

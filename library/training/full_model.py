@@ -238,7 +238,7 @@ class FullTrainee:
         encoders = tuple(before.get(id(encoder), encoder) for encoder in self.parts.text_encoders)
         self._untrained = replace(self.parts, denoiser=before[id(self.parts.denoiser)], text_encoders=encoders)
         num_bytes = sum(weight.nbytes for model in before.values() for weight in model.parameters())
-        log.info("the models as they are before the training are kept beside them: %.1f GB", num_bytes / 1e9)
+        log.info("the models as they are before the training are kept beside them: %.2f GB", num_bytes / 1e9)
 
     def untrained(self) -> AbstractContextManager[Parts | None]:
         """Return a context whose value are the models as `keep_untrained` found them."""

@@ -35,7 +35,7 @@ def curves(figures: Figures, validations: Figures) -> str:
             '<p class="legend">Below: how far the prediction outside is from that of the untrained model, which '
             "mask_prior_weight holds it to.</p>"
         )
-    charts = f"{chart}{drift_chart(drift)}"
+    charts = f"{chart}{drift_chart(drift, (figures[0][0], figures[-1][0]))}"
     return f'{legend}{told}<div class="scroll" role="region" aria-label="curves of masks" tabindex="0">{charts}</div>'
 
 
@@ -52,7 +52,7 @@ def tiles(figures: Figures) -> list[tuple[str, str]]:
         values = series(figures, name)
         if values:
             points = smoothed([(float(step), value) for step, value in values])
-            found.append((title, f"{points[0][1]:.3g} → {points[-1][1]:.3g}"))
+            found.append((title, f"{points[0][1]:.2g} → {points[-1][1]:.2g}"))
     return found
 
 

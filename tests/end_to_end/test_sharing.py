@@ -67,7 +67,7 @@ def files_of(family: Family, config: Path, folder: Path, variables: dict[str, st
 def test_fsdp_saves_the_same_files_as_plain_processes(family: Family, config, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1 --d 1\n")
     between = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 1, "--validation_split", 0.3)
-    between += ("--validate_every_n_steps", 1, "--clip_skip", 2)
+    between += ("--validate_every_n_steps", 1, "--clip_skip", 2, "--mask_prior_weight", 0.5, "--mask_prior_every", 2)
     plain = files_of(family, config, tmp_path / "plain", {}, *between)
     shared = files_of(family, config, tmp_path / "shared", FSDP, *between)
     assert len(plain) == 3

@@ -77,10 +77,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(more, pictures, tmp_pat
 
 @pytest.mark.slow
 def test_weights_that_are_shared_out_are_saved_whole_and_as_without_it(config, tmp_path):
-    """With validation and pictures between the steps, and text encoders that stop."""
+    """With validation and pictures between the steps, text encoders that stop, and a copy of the untrained model."""
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     more = ("--max_train_steps", 4, *STEPS, *STOP, "--sample_prompts", tmp_path / "prompts.txt")
     more += ("--sample_every_n_steps", 2, "--validation_split", 0.3, "--validate_every_n_steps", 2)
+    more += ("--mask_prior_weight", 0.5, "--mask_prior_every", 2)
     launch(DB, 2, db_arguments(tmp_path / "plain", config, *more), tmp_path / "plain")
     said = shared(tmp_path / "shared", config, *more)
     plain, other = files_of(tmp_path / "plain"), files_of(tmp_path / "shared")

@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from PIL import Image
 
 from library.dataset.plan import validation_batches
+from library.errors import OptionError
 from library.models.family import Parts
 from library.models.sd import Sd
 from library.options import Options, read_training
 from library.training import data as training_data
+from library.training import reporting
 
 
 class Counting:
@@ -77,6 +79,53 @@ def test_leaving_tokens_out_goes_without_a_word_where_an_image_has_a_mask(argv, 
     options = read_training([*argv, "--mask_token_drop", "4", "--alpha_mask"], "sd3_train_network").options
     training_data.read(options, 64)
     assert "--mask_token_drop" not in caplog.text
+
+
+# ---- empty masks -----------------------------------------------------------------------------------------------
+
+
+def with_alpha(folder: Path, **rows: int) -> None:
+    """Make the first rows of pictures opaque, and the rest transparent."""
+    for name, number in rows.items():
+        pixels = np.full((64, 64, 4), 90, np.uint8)
+        pixels[number:, :, 3] = 0
+        (path,) = folder.rglob(f"{name[1:]}.png")
+        Image.fromarray(pixels).save(path)
+
+
+def test_images_with_empty_masks_are_left_out_by_name_where_mask_area_norm_is_on(argv, tmp_path, caplog) -> None:
+    """Picture 4 has no transparency, so no mask; 0 and 2 are transparent everywhere."""
+    with_alpha(tmp_path, _0=0, _1=1, _2=0, _3=64)
+    data = training_data.read(options_of(argv, "--alpha_mask", "--mask_area_norm", "0.5"), 64)
+    assert [sample.path.name for sample in data.samples] == ["1.png", "3.png", "4.png"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("2 masks have nothing white in the part that is trained: ")
+    assert ["0.png" in line, "1.png" in line, "2.png" in line] == [True, False, True]
+    assert "mask_area_norm" in line
+
+
+def test_images_with_empty_masks_stay_without_it_and_are_named(argv, tmp_path, caplog) -> None:
+    with_alpha(tmp_path, _0=0, _1=1)
+    data = training_data.read(options_of(argv, "--alpha_mask"), 64)
+    assert len(data.samples) == 5
+    assert not caplog.records
+    reporting.tell_masks(data, None)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "0.png" in line
+    assert "teach nothing" in line
+
+
+def test_a_data_set_of_empty_masks_alone_is_an_error_with_mask_area_norm(argv, tmp_path) -> None:
+    with_alpha(tmp_path, _0=0, _1=0, _2=0, _3=0, _4=0)
+    with pytest.raises(OptionError, match="no image to train on: every one was left out"):
+        training_data.read(options_of(argv, "--alpha_mask", "--mask_area_norm", "1"), 64)
+
+
+@pytest.mark.parametrize("name", ["mask_area_norm", "mask_prior_weight", "mask_prior_every"])
+def test_settings_of_masks_without_any_mask_are_named(name, argv, caplog) -> None:
+    training_data.read(options_of(argv, f"--{name}", {"mask_prior_every": "2"}.get(name, "1")), 64)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"{name} has no effect" in line
 
 
 class Telling(Counting):

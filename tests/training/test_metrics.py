@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from library.training.metrics import LossError, LossHistory, LossReader, LossRecord, StepLosses
+from library.training.metrics import (
+    LossError,
+    LossHistory,
+    LossReader,
+    LossRecord,
+    MaskFigures,
+    StepLosses,
+    ValidationRecord,
+    Window,
+)
 
 
 def losses_of(step: int, *values: float, **extras: float) -> StepLosses:
@@ -112,3 +121,67 @@ def test_a_replayed_history_goes_on_with_the_same_averages() -> None:
     second.begin()
     assert second.average == first.average
     assert second.num_timed == 0
+
+
+# ---- inside and outside of masks -------------------------------------------------------------------------------
+
+
+def masked(step: int, *figures: list[list[float]], **extras: float) -> StepLosses:
+    """Return a step of a micro-batch for each of the figures: rows of inside, outside, share, drift."""
+    return replace(losses_of(step, 1.0, 3.0, **extras), figures=[torch.tensor(each) for each in figures])
+
+
+def test_figures_of_masks_are_means_over_the_images_of_all_micro_batches_that_have_them() -> None:
+    reader = LossReader(has_masks=True)
+    list(reader.push(masked(1, [[2, 2], [0, 0], [0.5, 2], [0, 0]], [[1, 1], [6, 3], [0.25, 1], [4, 1]], norm=0.5)))
+    (record,) = reader.drain()
+    assert record.figures == MaskFigures(inside=1.0, outside=2.0, share=0.25, drift=4.0)
+    assert (record.loss, record.extras) == (2.0, {"norm": 0.5})
+
+
+def test_a_step_without_masked_images_has_no_figures() -> None:
+    reader = LossReader(has_masks=True)
+    list(reader.push(losses_of(1, 1.0, norm=0.5)))
+    (record,) = reader.drain()
+    assert record.figures is None
+    assert record.extras == {"norm": 0.5}
+
+
+def test_figures_of_masks_are_those_of_all_processes_even_if_this_one_has_no_masked_image() -> None:
+    def reduce(total: torch.Tensor) -> torch.Tensor:
+        return total + torch.tensor([1.0, 1.0, 0.0, 3.0, 2.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0])
+
+    reader = LossReader(reduce, has_masks=True)
+    list(reader.push(losses_of(1, 1.0)))
+    (record,) = reader.drain()
+    assert record.figures == MaskFigures(inside=1.5, outside=None, share=0.5, drift=None)
+
+
+def test_a_window_passes_over_what_is_missing_and_forgets_what_is_old() -> None:
+    window = Window(3)
+    means = []
+    for value in (None, 1.0, None, 3.0, None, None, None):
+        window.add(value)
+        means.append(window.mean)
+    assert means == [None, 1.0, 1.0, 2.0, 3.0, 3.0, None]
+
+
+def test_figures_of_masks_go_through_a_state_unchanged() -> None:
+    history, again = LossHistory(window=2), LossHistory(window=2)
+    figures = [MaskFigures(0.1, 0.2, 0.3, 0.4), None, MaskFigures(None, 0.7, 0.1)]
+    for step, each in enumerate(figures, start=1):
+        history.add(LossRecord(step, 1, 0.5, {}, {}, is_stop_wanted=False, figures=each))
+        history.validations.append(ValidationRecord(step, 1, 0.5, 0.4, each))
+    again.replay(json.loads(json.dumps(history.as_plain())))
+    again.replay_validations(json.loads(json.dumps(history.validations_as_plain())))
+    assert again.records == history.records
+    assert again.validations == history.validations
+    assert (again.inside, again.outside) == (history.inside, history.outside) == (None, 0.7)
+
+
+def test_a_state_of_a_run_without_masks_is_as_it_was_before_there_were_figures() -> None:
+    history = LossHistory(window=2)
+    history.add(LossRecord(1, 1, 0.5, {"unet": 1e-4}, {}, is_stop_wanted=False))
+    history.validations.append(ValidationRecord(1, 1, 0.5, 0.4))
+    assert history.as_plain() == [[1, 1, 0.5, {"unet": 1e-4}, {}]]
+    assert history.validations_as_plain() == [[1, 1, 0.5, 0.4]]

@@ -18,7 +18,8 @@ from library.options.groups import Options
 from library.options.logging import LoggingOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.saving import SavingOptions
-from library.training import charts
+from library.training import charts, report_masks
+from library.training.metrics import MaskFigures
 from library.training.prompts import SamplePrompt
 from library.training.report import (
     ReportData,
@@ -214,6 +215,72 @@ def test_the_dataset_table_has_a_row_for_each_subset() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (7800, "2 h 10 min")])
 def test_times_are_told_as_people_tell_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+
+def masked_report(**more: object) -> ReportData:
+    figures = [(i, MaskFigures(0.2 - 0.001 * i, 0.3, 0.4, 0.01 * i if i % 4 == 0 else None)) for i in range(1, 101)]
+    return ReportData("lora", LOSSES, mask_figures=figures, **more)
+
+
+def test_the_losses_inside_and_outside_of_masks_are_two_curves(tmp_path: Path) -> None:
+    held_back = [(50, MaskFigures(0.3, 0.5, 0.4)), (100, MaskFigures(0.2, 0.6, 0.4))]
+    page = read(write_report(tmp_path / "r.html", masked_report(validation_figures=held_back)))
+    classes = [path["class"] for path in page.all("path")]
+    assert classes[-8:-2] == [
+        *("line each inside", "line each outside", "line inside", "line outside"),
+        *("line dashed inside", "line dashed outside"),
+    ]
+    labels = [svg["aria-label"] for svg in page.all("svg")]
+    assert "inside 0.197 at first, 0.102 at last; outside 0.3 at first, 0.3 at last" in labels[-2]
+    for told in ("Loss inside and outside of the masks", "Loss inside masks", "0.2 → 0.1", "images held back"):
+        assert told in page.text
+
+
+def test_the_drift_has_a_chart_of_its_own_where_it_was_measured(tmp_path: Path) -> None:
+    page = read(write_report(tmp_path / "r.html", masked_report()))
+    labels = [svg["aria-label"] for svg in page.all("svg")]
+    assert "Drift outside of the masks: 0.06 at first, 0.98 at last." in labels[-1]
+    assert "mask_prior_weight" in page.text
+    without = ReportData(
+        "lora", LOSSES, mask_figures=[(1, MaskFigures(0.1, 0.2, 0.3)), (2, MaskFigures(0.1, 0.2, 0.3))]
+    )
+    page = read(write_report(tmp_path / "without.html", without))
+    assert len(page.all("svg")) == 3
+    assert "mask_prior_weight" not in page.text
+
+
+def test_each_image_has_a_bar_for_its_share_of_weight_the_lowest_first(tmp_path: Path) -> None:
+    shares = [("b <1>.png", 0.5), ("a.png", 0.034), ("c.png", 1.0)]
+    page = read(write_report(tmp_path / "r.html", ReportData("lora", [], mask_shares=shares)))
+    assert [span["style"] for span in page.all("span") if "style" in span] == [
+        "width:3.4%",
+        "width:50.0%",
+        "width:100.0%",
+    ]
+    for told in ("b <1>.png", "3.4 %", "mean 51.1 % of 3 images."):
+        assert told in page.text
+
+
+def test_of_many_images_some_bars_from_the_lowest_to_the_highest_are_shown(tmp_path: Path) -> None:
+    shares = [(f"{i}.png", i / 1000) for i in range(1001)]
+    page = read(write_report(tmp_path / "r.html", ReportData("lora", [], mask_shares=shares)))
+    widths = [float(span["style"][6:-1]) for span in page.all("span") if "style" in span]
+    assert (len(widths), widths[0], widths[-1]) == (report_masks.MOST_BARS, 0, 100)
+    assert widths == sorted(widths)
+    assert "1001 images, of which 40 are shown" in page.text
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside"), [((), ()), ([(1, float("nan"))], ()), ([(1, 0.5)], ()), ((), [(3, 0.0)])]
+)
+def test_unusual_curves_of_masks_are_drawn(inside, outside) -> None:
+    chart = charts.region_chart(inside, outside)
+    assert bool(chart) == any(value == value for _, value in (*inside, *outside))
+    if chart:
+        ElementTree.fromstring(chart)
 
 
 # ---- the curves ----------------------------------------------------------------------------------------------------

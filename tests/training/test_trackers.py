@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from library.errors import OptionError
 from library.options.logging import LoggingOptions
-from library.training.metrics import LossRecord, ValidationRecord
+from library.training.metrics import LossRecord, MaskFigures, ValidationRecord
 from library.training.trackers import Trackers, log_dir, plain, settings, wanted
 
 KEY = "wandb" + "S3cr3t" * 7  # 40 characters and more, as wandb wants them
@@ -113,6 +114,25 @@ def test_tensorboard_gets_curves_over_steps_and_epochs_and_pictures(tmp_path):
     }
     assert events.Scalars("loss/validation/step_average")[0].step == 2
     assert events.Images("sample_0")[0].width == 24
+
+
+def test_losses_inside_and_outside_of_masks_are_curves_beside_the_loss(tmp_path):
+    trackers = opened(tmp_path)
+    figures = MaskFigures(inside=0.25, outside=0.5, share=0.125, drift=None)
+    trackers.log_step(replace(step(1), figures=figures), average=0.1, masked={"inside": 0.25, "outside": 0.5})
+    trackers.log_step(replace(step(2), figures=MaskFigures(None, 0.75, 0.5, drift=2.0)), average=0.1)
+    record = ValidationRecord(2, 1, 0.5, 0.4, figures)
+    trackers.log_validation(record, is_step_due=True, is_epoch_due=False)
+    trackers.accelerator.end_training()
+    events = events_of(tmp_path / "logs")
+    found = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found["loss/inside"] == [(1, 0.25)]
+    assert found["loss/outside"] == [(1, 0.5), (2, 0.75)]
+    assert found["mask/share"] == [(1, 0.125), (2, 0.5)]
+    assert found["loss/drift_outside"] == [(2, 2.0)]
+    assert (found["loss/inside_average"], found["loss/outside_average"]) == ([(1, 0.25)], [(1, 0.5)])
+    names = ("loss/validation/step_inside", "loss/validation/step_outside")
+    assert [found[name] for name in names] == [[(2, 0.25)], [(2, 0.5)]]
 
 
 def test_the_folder_of_the_logs_has_prefix_and_date_and_then_the_projects_name(tmp_path):
