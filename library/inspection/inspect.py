@@ -28,7 +28,6 @@ QUICK: tuple[Check, ...] = (  # of names, headers, captions and settings
     captions.blank,
     captions.garbled,
     captions.naming_what_is_masked,
-    captions.drop_tags_without_effect,
     settings.idle_mask_settings,
     settings.idle_placement,
     settings.contradictions,
