@@ -71,7 +71,7 @@ def nothing_beside(masks: Mapping[Path, MaskSource], subset: SubsetConfig) -> Pr
         f"mask_captions: none of the {len(paths)} masks of {subset.source} has a {subset.caption_extension} file "
         f"beside it in {folder}.{hint}"
     )
-    return Problem("warning", subset.source, message, code="caption-extension")
+    return Problem("warning", subset.source, message, code="mask-caption-missing")
 
 
 def problems(samples: Sequence[Sample]) -> Iterator[Problem]:
