@@ -27,7 +27,7 @@ def left_out(sample: Sample) -> frozenset[str]:
     A tag with a label is left out while the label weighs nothing, which only the label map in a mask file can say.
     """
     subset = sample.subset
-    if not sample.mask.is_given:
+    if not subset.mask_drop_tags or not sample.mask.is_given:
         return NO_TAGS
     weights = dict(subset.mask_labels)
     learnt_by_none = 1.0 if subset.mask_invert else 0.0
