@@ -163,4 +163,4 @@ def cut_off(samples: Iterable[Sample]) -> Iterator[Problem]:
                 f"whole. {remedy}"
             )
             joint = Joint(what, f"{sample.path.name} ({percent}% kept)", remedy)
-            yield Problem("warning", sample.path, message, joint)
+            yield Problem("warning", sample.path, message, joint, "mask-cut-away", remedy)

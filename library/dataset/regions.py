@@ -71,7 +71,7 @@ def idle(subset: SubsetConfig, masks: Iterable[MaskSource]) -> list[Problem]:
     if not subset.mask_aware_crop or any(mask.is_given for mask in masks):
         return []
     message = f"{subset.source}: mask_aware_crop has no effect, none of its images has a mask."
-    return [Problem("warning", subset.source, message)]
+    return [Problem("warning", subset.source, message, code="mask-settings-idle")]
 
 
 def of_subset(
@@ -93,7 +93,7 @@ def of_subset(
     boxes: dict[Path, Box] = {}
     for path, box in zip(paths, found, strict=True):
         if isinstance(box, DataError):
-            problems.append(Problem("error", path, str(box)))
+            problems.append(Problem("error", masks[path].path or path, str(box), code="mask-unreadable"))
         elif box is not None:
             boxes[path] = box
     return boxes

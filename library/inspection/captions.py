@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from library.dataset import mask_captions
 from library.dataset.problems import Problem, listed
 from library.dataset.scan import Sample
 from library.inspection.kinds import found
@@ -64,7 +65,7 @@ def naming_the_background(scene: Scene) -> Iterator[Problem]:
 
 
 def _naming(sample: Sample, tags: list[str]) -> Iterator[Problem]:
-    dropped = {tag.strip().casefold() for tag in sample.subset.mask_drop_tags}
+    dropped = mask_captions.left_out(sample)
     tags = [tag for tag in dict.fromkeys(tags) if tag.casefold() not in dropped]
     if not tags:
         return
@@ -73,18 +74,6 @@ def _naming(sample: Sample, tags: list[str]) -> Iterator[Problem]:
     reason = f'its caption names "{listed(tags)}", which is learnt nowhere if the mask leaves it out.'
     joint = "captions of masked images name what masks leave out, like watermarks"
     yield found("caption-names-masked", sample.path, reason, remedy=remedy, joint=joint)
-
-
-def drop_tags_without_effect(scene: Scene) -> Iterator[Problem]:
-    """Yield mask_drop_tags that no caption of their subset has."""
-    for config in scene.configs:
-        for subset in config.subsets:
-            samples = [each for each in scene.of_files if each.subset == subset]
-            tags = {tag.casefold() for sample in samples for tag in _tags(sample)}
-            unused = [tag for tag in subset.mask_drop_tags if tag.strip().casefold() not in tags]
-            if unused and samples:
-                reason = f"mask_drop_tags that no caption has: {listed(unused)}."
-                yield found("drop-tags-unused", subset.source, reason)
 
 
 def _tags(sample: Sample) -> list[str]:

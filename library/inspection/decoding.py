@@ -72,7 +72,7 @@ def _look_at_group(group: Sequence[tuple[int, Sample, Path | None]], thumbnails:
     looked = {}
     for number, sample, target in group:
         seen = sample if given is None else replace(sample, captions=given.captions, transform=given.transform)
-        is_known = sample.mask.kind == "none" or shaped is not None or not problems
+        is_known = not sample.mask.is_given or shaped is not None or not problems
         coverage = _coverage(seen, shaped, target) if is_known else None
         thumbnail = _thumbnail(seen, decoded, shaped) if thumbnails and decoded is not None else None
         looked[number] = Looked(sample, picture, mask, coverage, tuple(problems), thumbnail)

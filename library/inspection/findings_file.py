@@ -17,13 +17,13 @@ from library.inspection.kinds import reason_of, remedy_of
 
 def mean_weight(looked: Sequence[Looked]) -> float | None:
     """Return the mean weight of the masked images, None if there is none."""
-    means = [each.coverage.mean for each in looked if each.coverage and each.sample.mask.kind != "none"]
+    means = [each.coverage.mean for each in looked if each.coverage and each.sample.mask.is_given]
     return sum(means) / len(means) if means else None
 
 
 def coverage_line(looked: Sequence[Looked]) -> str | None:
     """Return one line with the least and the most that a mask lets through, None without masks."""
-    masked = [each for each in looked if each.coverage and each.sample.mask.kind != "none"]
+    masked = [each for each in looked if each.coverage and each.sample.mask.is_given]
     means = [(each.coverage.mean, each.sample.path.name) for each in masked if each.coverage]
     if not means:
         return None

@@ -13,14 +13,14 @@ from library.inspection.kinds import found
 from library.inspection.scene import Scene
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
-UNREAD_FORMATS = (".gif", ".tif", ".tiff", ".heic", ".heif", ".psd", ".tga", ".jfif", ".jp2", ".dds", ".exr", ".hdr")
-UNREAD_FORMATS += (".avif", ".jxl")  # where this installation cannot read them
+UNREAD_FORMATS: tuple[str, ...] = (".gif", ".tif", ".tiff", ".heic", ".heif", ".psd", ".tga", ".jfif", ".jp2")
+UNREAD_FORMATS += (".dds", ".exr", ".hdr", ".avif", ".jxl")  # where this installation cannot read them
 MASK_WORDS = ("mask", "masks")
 
 
 def _subsets(scene: Scene) -> list[SubsetConfig]:
     """Return the subsets that read whole folders, one for each folder that is there."""
-    by_folder = {}
+    by_folder: dict[Path, SubsetConfig] = {}
     for config in scene.configs:
         for subset in config.subsets:
             if subset.metadata_file is None and subset.image_dir.is_dir():

@@ -28,7 +28,6 @@ QUICK: tuple[Check, ...] = (  # of names, headers, captions and settings
     captions.blank,
     captions.garbled,
     captions.naming_what_is_masked,
-    captions.drop_tags_without_effect,
     settings.idle_mask_settings,
     settings.idle_placement,
     settings.contradictions,
@@ -46,8 +45,6 @@ TOLD_AT_START: tuple[Check, ...] = (  # of training, which has told of some othe
     captions.blank,
     captions.garbled,
     captions.naming_what_is_masked,
-    settings.idle_mask_settings,
-    settings.idle_placement,
     settings.contradictions,
 )
 OF_PIXELS: tuple[Check, ...] = (  # of what the pass over all pixels found
@@ -89,22 +86,16 @@ def inspect(configs: Sequence[DatasetConfig], scan: Scan, looked: Sequence[Looke
 
 
 def warnings_at_start(configs: Sequence[DatasetConfig], scan: Scan) -> list[Problem]:
-    """Return what training should warn of besides the problems of the scan, without reading a pixel.
-
-    That no image of the run has a mask, and what then has no effect, training says itself.
-    """
-    has_masks = any(sample.mask.kind != "none" for sample in (*scan.samples, *scan.validation))
-    checks = [check for check in TOLD_AT_START if has_masks or check is not settings.idle_mask_settings]
+    """Return what training should warn of besides what it says itself, without reading a pixel."""
     scene = Scene(configs, scan)
-    found = [problem for check in checks for problem in check(scene)]
-    return [
-        problem for problem in once([*scan.problems, *found])[len(scan.problems) :] if problem.severity == "warning"
-    ]
+    found = once(problem for check in TOLD_AT_START for problem in check(scene))
+    return [problem for problem in found if problem.severity == "warning"]
 
 
 def once(problems: Iterable[Problem]) -> list[Problem]:
     """Return problems, each once, without those whose cause another tells of the same file."""
-    problems = list(dict.fromkeys(problems))  # two datasets may share a folder
+    alike = {(problem.code, problem.path, problem.message): problem for problem in reversed(list(problems))}
+    problems = list(reversed(alike.values()))  # two datasets may share a folder
     told: dict[Path, set[str]] = {}
     for problem in problems:
         for path in (problem.path, *problem.files):

@@ -168,8 +168,12 @@ GROUPS: Mapping[str, tuple[Kind, ...]] = MappingProxyType(
                  "Set caption_extension, or rename the files."),
             Kind("caption-names-masked", "warning", "Captions that name what is masked out",
                  "Set mask_drop_tags, or take the words out."),
-            Kind("drop-tags-unused", "note", "mask_drop_tags that no caption has",
+            Kind("mask-caption-missing", "warning", "Captions beside masks that are not there",
+                 "Write them, set caption_extension, or leave mask_captions out."),
+            Kind("drop-tags-unused", "warning", "mask_drop_tags that no caption has",
                  "Check how the captions write it."),
+            Kind("drop-tags-all", "warning", "Captions of which mask_drop_tags leaves nothing",
+                 "Write more into the caption, or drop fewer tags."),
         ),
         "Settings": (
             Kind("only-regularisation", "error", "Data sets of regularisation images alone",

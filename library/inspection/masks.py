@@ -88,9 +88,10 @@ def unused_labels(scene: Scene) -> Iterator[Problem]:
 def as_used(scene: Scene) -> Iterator[Problem]:
     """Yield masks that let nothing, little, all, the wrong part or only remains of their image through."""
     in_own_folder = {problem.path for problem in scene.scan.problems if problem.code == "mask-folder-of-images"}
+    cut_off = {problem.path for problem in scene.scan.problems if problem.code == "mask-cut-away"}
     for looked in scene.looked:
         sample = looked.sample
-        if looked.coverage is None or looked.mask is None or _is_copy(looked):
+        if sample.path in cut_off or looked.coverage is None or looked.mask is None or _is_copy(looked):
             continue
         if sample.mask.path is not None and sample.mask.path.parent in in_own_folder:
             continue
@@ -125,9 +126,9 @@ def _of_coverage(looked: Looked, mask: MaskFacts, coverage: Coverage) -> Problem
     if code:
         kind = "mask" if sample.mask.kind == "file" else "alpha channel"
         path = _path(sample)
-        joint = Joint(joined, path.name, "Inverted? White is learnt." if code == "mask-inverted" else "")
+        together = Joint(joined, path.name, "Inverted? White is learnt." if code == "mask-inverted" else "")
         message = f"{path}: the {kind} {text}"
-        return Problem("warning", path, message, joint, code, KINDS[code].remedy, _about(sample))
+        return Problem("warning", path, message, together, code, KINDS[code].remedy, _about(sample))
     return _details(looked, mask, coverage)
 
 

@@ -73,11 +73,11 @@ def _histogram(scene: Scene) -> str:
 
 
 def _tiles(scene: Scene, problems: Sequence[Problem]) -> list[tuple[str, str]]:
-    masked = [looked for looked in scene.looked if looked.sample.mask.kind != "none"]
+    masked = [looked for looked in scene.looked if looked.sample.mask.is_given]
     tiles = [("Images", f"{len(scene.samples):,}"), ("With a mask", f"{len(masked):,}")]
     mean = mean_weight(scene.looked)
     tiles += [("Learnt of these", f"{mean:.0%}")] if mean is not None else []
-    counts = Counter(problem.severity for problem in problems)
+    counts = Counter[str](problem.severity for problem in problems)
     return tiles + [(PLURAL[severity].capitalize(), f"{counts[severity]:,}") for severity in SEVERITIES]
 
 
@@ -96,7 +96,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _weights(looked: Iterable[Looked]) -> list[float]:
-    return [each.coverage.mean for each in looked if each.coverage and each.sample.mask.kind != "none"]
+    return [each.coverage.mean for each in looked if each.coverage and each.sample.mask.is_given]
 
 
 def _findings(problems: Sequence[Problem], shots: _Shots) -> str:
@@ -240,7 +240,7 @@ def _sheet(looked: Sequence[Looked], problems: Sequence[Problem]) -> str:
 def _sheet_figure(looked: Looked, told: Counter[Path]) -> str:
     assert looked.thumbnail is not None
     sample, coverage = looked.sample, looked.coverage
-    share = f"{coverage.mean:.0%} learnt" if coverage and sample.mask.kind != "none" else "no mask"
+    share = f"{coverage.mean:.0%} learnt" if coverage and sample.mask.is_given else "no mask"
     size = "{}×{}".format(*sample.transform.target)
     count = told[sample.path] + (told[sample.mask.path] if sample.mask.path else 0)
     found = f" · <em>{_number(count, 'finding')}</em>" if count else ""

@@ -69,7 +69,7 @@ def unused_transparency(scene: Scene) -> Iterator[Problem]:
     """Yield pictures with transparent parts in subsets that do not use them as masks."""
     for looked in _each(scene):
         alpha = looked.picture.alpha if looked.picture else None
-        if alpha and alpha.least < OPAQUE and looked.sample.mask.kind in ("none", "padding"):
+        if alpha and alpha.least < OPAQUE and not looked.sample.mask.is_given:
             reason = "has transparent parts, which are learnt with whatever colour lies under them."
             joint = f"pictures of {looked.sample.subset.source} have transparent parts that are learnt like the rest"
             yield found("alpha-unused", looked.sample.path, reason, joint=joint)

@@ -10,9 +10,8 @@ from library.dataset.problems import Problem, listed
 from library.inspection.kinds import found
 from library.inspection.scene import Scene
 
-OF_MASKS = ("mask_fill", "mask_labels", "mask_invert", "mask_erode", "mask_dilate", "mask_feather", "mask_weight_min")
-OF_MASKS += ("mask_area_norm", "unmasked_probability", "mask_prior_weight", "mask_drop_tags", "mask_captions")
-OF_MASKS += ("mask_aware_crop",)
+OF_MASKS: tuple[str, ...] = ("mask_fill", "mask_labels", "mask_invert", "mask_erode", "mask_dilate", "mask_feather")
+OF_MASKS += ("mask_weight_min", "mask_area_norm", "unmasked_probability", "mask_prior_weight")
 OF_PLACEMENT = ("placement_scale", "placement_rotate", "placement_variants")
 DEFAULTS = {field.name: field.default for field in fields(SubsetConfig)}
 
@@ -20,7 +19,7 @@ DEFAULTS = {field.name: field.default for field in fields(SubsetConfig)}
 def idle_mask_settings(scene: Scene) -> Iterator[Problem]:
     """Yield settings of masks that no masked image has; where masks may only be missing by mistake, nothing."""
     has_errors = any(problem.severity == "error" for problem in scene.scan.problems)
-    masked = {id(sample.subset) for sample in scene.samples if sample.mask.kind != "none"}
+    masked = {id(sample.subset) for sample in scene.samples if sample.mask.is_given}
     has_masks = {name for subset in _subsets(scene) if id(subset) in masked for name in _set(subset, OF_MASKS)}
     for subset in _subsets(scene):
         may_have_masks = subset.conditioning_data_dir is not None and has_errors
