@@ -35,6 +35,7 @@ from library.training.sampling import Sample
 
 VOID = {"meta", "img"}
 LOSSES = [(step, 0.3 - 0.001 * step, 1e-4) for step in range(1, 101)]
+FIGURES = [(i, MaskFigures(0.2 - 0.001 * i, 0.3, 0.4, 0.01 * i if i % 4 == 0 else None)) for i in range(1, 101)]
 
 
 class Page(HTMLParser):
@@ -98,6 +99,10 @@ def full_report(folder: Path) -> ReportData:
         step_s=0.75,
         images_per_s=2.5,
         facts={"Device": "cpu"},
+        validations=[(50, 0.3), (100, 0.2)],
+        mask_shares=[("a picture of a rather long name, standing at the window.png", 0.034), ("b.png", 0.5)],
+        mask_figures=FIGURES,
+        validation_figures=[(50, MaskFigures(0.3, 0.5, 0.4)), (100, MaskFigures(0.2, 0.6, 0.4))],
     )
 
 
@@ -221,8 +226,7 @@ def test_times_are_told_as_people_tell_them(seconds: float, text: str) -> None:
 
 
 def masked_report(**more: object) -> ReportData:
-    figures = [(i, MaskFigures(0.2 - 0.001 * i, 0.3, 0.4, 0.01 * i if i % 4 == 0 else None)) for i in range(1, 101)]
-    return ReportData("lora", LOSSES, mask_figures=figures, **more)
+    return ReportData("lora", LOSSES, mask_figures=FIGURES, **more)
 
 
 def test_the_losses_inside_and_outside_of_masks_are_two_curves(tmp_path: Path) -> None:
