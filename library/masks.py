@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CELL = 8  # pixels a side that one latent cell stands for, in every family
 FULL = CELL * CELL * 255  # the sum of a white cell
+LEAST_AREA = 1e-30  # stands for an area of 0 where something is divided by it
 
 Sums = npt.NDArray[np.uint16]  # (h, w), 0 .. FULL
 MaskKind = Literal["file", "alpha", "own", "padding", "none"]
@@ -144,7 +145,7 @@ def weigh(loss: Tensor, masks: Tensor | None) -> Tensor:
 
     Args:
         loss: (B, C, h, w), element by element.
-        masks: (B, 1, h, w) in [0, 1], or None to leave the loss as it is.
+        masks: (B, 1, h, w) in [0, 1], or other weights of 0 or more; None leaves the loss as it is.
     """
     return loss if masks is None else loss * masks.to(loss.dtype)
 
@@ -196,23 +197,16 @@ def figures(loss: Tensor, masks: Tensor, regions: Tensor, drift: Tensor | None, 
     """
     import torch
 
-    loss, regions = loss.detach().mean(dim=1, keepdim=True), regions.to(loss.dtype)  # (B, 1, h, w), (B, 2, h, w)
+    regions = regions.to(loss.dtype)
     areas = regions.sum(dim=(2, 3))  # (B, 2)
-    is_masked = areas.sum(dim=1, keepdim=True) > 0
-    parts = [_means((loss * regions).sum(dim=(2, 3)), areas)]
-    parts.append((torch.where(is_masked, masks.to(loss.dtype).mean(dim=(2, 3)), 0.0), is_masked))
+    is_masked = (areas.sum(dim=1, keepdim=True) > 0).to(loss.dtype)
+    sums = [(loss.detach().mean(dim=1, keepdim=True) * regions).sum(dim=(2, 3))]
+    sums += [masks.to(loss.dtype).mean(dim=(2, 3)) * is_masked]
     if drift is not None and held is not None:
-        moved = (drift.detach().mean(dim=1, keepdim=True) * held).sum(dim=(2, 3))
-        parts.append(_means(moved, held.sum(dim=(2, 3))))
+        sums += [(drift.detach().mean(dim=1, keepdim=True) * held).sum(dim=(2, 3))]
+        weights = torch.cat([areas, is_masked, held.sum(dim=(2, 3))], dim=1)  # (B, 4)
     else:
-        parts.append((torch.zeros_like(parts[1][0]), torch.zeros_like(is_masked)))
-    values, counted = (torch.cat([part[i].to(loss.dtype) for part in parts], dim=1) for i in (0, 1))  # (B, 4)
-    return torch.stack([values.sum(dim=0), counted.sum(dim=0)], dim=1)
-
-
-def _means(sums: Tensor, areas: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums / areas, 0 where there is no area, and where there is one."""
-    import torch
-
-    has_area = areas > 0
-    return torch.where(has_area, sums / torch.where(has_area, areas, 1.0), 0.0), has_area
+        weights = torch.cat([areas, is_masked, torch.zeros_like(is_masked)], dim=1)
+        sums += [torch.zeros_like(is_masked)]
+    means = torch.cat(sums, dim=1) / weights.clamp(min=LEAST_AREA)  # 0 where there is nothing to weigh
+    return torch.stack([means.sum(dim=0), (weights > 0).to(loss.dtype).sum(dim=0)], dim=1)

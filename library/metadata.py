@@ -119,6 +119,7 @@ class MaskFacts:
     is_masked: bool = False  # of any image
     has_alpha: bool = False  # of any image the mask is its transparency
     num_images: int = 0  # that have a mask, with repeats, as in num_train_images
+    mean_weight: float | None = None  # of the masked images; None where it is not known
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,8 @@ def _of_masks(options: MaskOptions, facts: MaskFacts) -> dict[str, Any]:
     values: dict[str, Any] = {"ss_masked_loss": facts.is_masked, "ss_alpha_mask": facts.has_alpha}
     if facts.is_masked:
         values["ss_num_masked_images"] = facts.num_images
+    if facts.mean_weight is not None:
+        values["ss_mean_mask_weight"] = round(facts.mean_weight, 4)
     for each in fields(options):
         key, value = f"ss_{each.name}", getattr(options, each.name)
         if key not in values and value not in (each.default, None):

@@ -227,3 +227,11 @@ def test_the_japanese_pages_show_the_same_configs_as_the_english_ones():
         english = (ROOT / "docs" / page.name).read_text(encoding="utf-8")
         for language, body in CODE_BLOCK.findall(page.read_text(encoding="utf-8")):
             assert language != "toml" or body in english
+
+
+def test_every_picture_is_small_and_stands_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    pictures = [path for path in (ROOT / "docs" / "images").iterdir() if path.suffix in (".png", ".webp", ".jpg")]
+    assert len(pictures) > 5
+    assert not [path.name for path in pictures if f"images/{path.name}" not in text]
+    assert not [path.name for path in pictures if not 1000 < path.stat().st_size < 250_000]

@@ -251,13 +251,14 @@ def test_a_masked_run_tells_how_many_images_and_the_settings_of_the_command_line
             placement_scale="0.5,1.0",
         )
     )
-    masks = MaskFacts(is_masked=True, has_alpha=True, num_images=12)
+    masks = MaskFacts(is_masked=True, has_alpha=True, num_images=12, mean_weight=0.43219)
     written = metadata.training_metadata(options, replace(facts(), masks=masks), run_facts())
     plain = metadata.training_metadata(Options(), facts(), run_facts())
     assert {key: value for key, value in written.items() if plain.get(key) != value} == {
         "ss_masked_loss": "True",
         "ss_alpha_mask": "True",
         "ss_num_masked_images": "12",
+        "ss_mean_mask_weight": "0.4322",
         "ss_conditioning_data_dir": "masks",
         "ss_mask_fill": '["noise", "mean"]',
         "ss_mask_area_norm": "0.5",

@@ -2,6 +2,7 @@
 
 masked-loss.png: photo, mask, and what is learnt, the mask at latent size (8 by 8 pixels a cell) laid over the photo.
 contact-sheet.png: the first pictures of the contact sheet of the example data set.
+Those of the settings of masks: see mask_figures.py. mask_curves.py, which trains for some minutes, is not called here.
 """
 
 import os
@@ -14,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
+
+import mask_figures  # noqa: E402 - beside this file
 
 from library import masks  # noqa: E402 - found through the line above
 from library.dataset import config, contact_sheet, scan  # noqa: E402
@@ -67,3 +70,4 @@ if __name__ == "__main__":
     os.chdir(ROOT)  # paths in the data set config are relative to it
     draw_masked_loss()
     draw_contact_sheet()
+    mask_figures.draw_all()

@@ -199,7 +199,7 @@ def _from_file(
         if not isinstance(subsets, list) or not subsets:
             raise OptionError(f"{source}: {place} has no [[datasets.subsets]]. Add one with image_dir.")
         inherited = (level, general, command_line)
-        tables = [_read_subset(source, f"{place}.subsets[{i}]", subset) for i, subset in enumerate(subsets)]
+        tables = [_read_subset(source, f"{place}.subsets[{i}]", subset, inherited) for i, subset in enumerate(subsets)]
         configs.append(
             _resolve_dataset(f"{source}: {place}", tables, inherited, prior_loss_weight, bucket_step_multiple)
         )
@@ -225,13 +225,13 @@ def _read_json(source: Path) -> Any:
         raise OptionError(f"{source}: is not valid JSON in UTF-8: {error}.") from None
 
 
-def _read_subset(source: Path, place: str, table: Any) -> Level:
+def _read_subset(source: Path, place: str, table: Any, inherited: Sequence[Level]) -> Level:
     level = read_table(source, place, table, {**SUBSET_KEYS, **SUBSET_ONLY_KEYS})
     has_file = level.values.get("metadata_file") is not None
     if not has_file and level.values.get("image_dir") is None:
         raise OptionError(f"{source}: {place} has no image_dir. Name the folder of the images, or a metadata_file.")
     for key in ("caption_extension", "cache_info"):
-        is_of_masks = key == "caption_extension" and level.values.get("mask_captions")
+        is_of_masks = key == "caption_extension" and _find("mask_captions", (level, *inherited))
         if has_file and key in level.values and not is_of_masks:
             log.warning("%s: %s.%s has no effect with metadata_file", source, place, key)
     return level

@@ -146,12 +146,8 @@ def read_all(
             return error
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        try:
-            results = pool.map(attempt, items)
-            return list(results if label is None else progress(results, label=label, total=len(items)))
-        except BaseException:  # Ctrl-C: what has not begun is left out
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        results = pool.map(attempt, items)
+        return list(results if label is None else progress(results, label=label, total=len(items)))
 
 
 def load_info(folder: Path) -> dict[Path, Header]:

@@ -132,11 +132,12 @@ class DrawnImages(DrawsDataset):
     def _item(self, draw: Draw) -> _Item:
         sample = self._samples[draw.sample]
         name = f"{sample.path.parent.name}/{sample.path.name}"  # of the picture, wherever the folder stands
+        stem = looks.seed_of(sample.path)  # in whatever format the picture is saved
         seed = self._settings.seed
         image, weight = None, 1.0
         if self.store is None:
             image, sample, weight = images.of_sample(sample, seed=f"{seed} {draw.epoch} {draw.repeat}")
-        is_masked = looks.is_shown_masked(sample, plan.rng(seed, draw, f"{name} mask"))
+        is_masked = looks.is_shown_masked(sample, plan.rng(seed, draw, f"{stem} mask"))
         is_whole = image is not None and sample.give is not None and image.alpha is None  # a class may give no mask
         caption = captions.compose(
             sample.captions,
@@ -149,11 +150,11 @@ class DrawnImages(DrawsDataset):
         )
         face = None if self.store is not None else geometry.face_in_name(sample.path)
         choices = looks.looks_of(sample)
-        number = looks.draw(len(choices), plan.rng(seed, draw, f"{name} look"))
+        number = looks.draw(len(choices), plan.rng(seed, draw, f"{stem} look"))
         look = choices[number]
         transform = geometry.draw(look.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
         if self.store is None and sample.subset.random_placement:
-            placed_by = plan.rng(seed, draw, f"{looks.seed_of(sample.path)} placement")
+            placed_by = plan.rng(seed, draw, f"{stem} placement")
             transform = placement.draw(transform, sample.subset, placed_by, sample.region)
         sizes = geometry.size_conditioning(transform)
         if image is None:

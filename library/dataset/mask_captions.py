@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from library.dataset.config import SubsetConfig
     from library.dataset.scan import Sample
 
-MASKED = ("file", "alpha", "own")  # kinds of a mask that says what of the picture is learnt
+IDLE = "mask-settings-idle"
 TEXT_FILES = (".txt", ".caption", ".cap")  # what captions are called where caption_extension is not set
 
 
@@ -27,7 +27,7 @@ def left_out(sample: Sample) -> frozenset[str]:
     A tag with a label is left out while the label weighs nothing, which only the label map in a mask file can say.
     """
     subset = sample.subset
-    if sample.mask.kind not in MASKED:
+    if not subset.mask_drop_tags or not sample.mask.is_given:
         return NO_TAGS
     weights = dict(subset.mask_labels)
     learnt_by_none = 1.0 if subset.mask_invert else 0.0
@@ -91,7 +91,7 @@ def problems(samples: Sequence[Sample]) -> Iterator[Problem]:
     wanting = [sample for sample in samples if sample.subset.mask_captions]
     if wanting and all(sample.mask.path is None for sample in wanting):
         message = f"mask_captions has no effect: none of the {len(wanting)} images it is set for has a mask file."
-        yield Problem("warning", wanting[0].subset.source, message, code="mask-settings-idle")
+        yield Problem("warning", wanting[0].subset.source, message, code=IDLE)
 
 
 def _idle_tags(tags: Iterable[str | tuple[str, str]], samples: Sequence[Sample]) -> Iterator[Problem]:
@@ -105,10 +105,10 @@ def _idle_tags(tags: Iterable[str | tuple[str, str]], samples: Sequence[Sample])
         )
         yield Problem("error", source, message, code="mask-settings-contradict")
         return
-    masked = [sample for sample in samples if sample.mask.kind in MASKED]
+    masked = [sample for sample in samples if sample.mask.is_given]
     if not masked:
         message = f"mask_drop_tags has no effect: none of the {len(samples)} images it is set for has a mask."
-        yield Problem("warning", source, message, code="mask-settings-idle")
+        yield Problem("warning", source, message, code=IDLE)
         return
     known: set[str] = set()
     for sample in masked:
@@ -116,8 +116,8 @@ def _idle_tags(tags: Iterable[str | tuple[str, str]], samples: Sequence[Sample])
     for tag in (each if isinstance(each, str) else each[0] for each in tags):
         if tag.casefold() not in known:
             message = f'{source}: mask_drop_tags has "{tag}", which is a tag of no masked image.'
-            message += did_you_mean(tag.casefold(), sorted(known))
-            yield Problem("warning", source, message, code="drop-tags-unused")
+            near = did_you_mean(tag.casefold(), sorted(known))
+            yield Problem("warning", source, f"{message}{near}", code="drop-tags-unused")
 
 
 def _emptied(samples: Iterable[Sample]) -> Iterator[Problem]:
@@ -128,4 +128,4 @@ def _emptied(samples: Iterable[Sample]) -> Iterator[Problem]:
         if not captions.preview(sample.captions, sample.subset, tags).strip():
             joint = Joint("captions are empty without what mask_drop_tags leaves out", sample.path.name)
             message = f"{sample.path}: its caption is empty without what mask_drop_tags leaves out."
-            yield Problem("warning", sample.path, message, joint, "caption-empty")
+            yield Problem("warning", sample.path, message, joint, code="drop-tags-all")

@@ -109,7 +109,7 @@ def tag_frequency(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
 
 def mask_facts(samples: Sequence[Sample]) -> MaskFacts:
     """Return how many of samples have masks, repeats counted; regularisation images do not count as images."""
-    masked = [sample for sample in samples if sample.mask.kind in mask_captions.MASKED]
+    masked = [sample for sample in samples if sample.mask.is_given]
     return MaskFacts(
         is_masked=bool(masked),
         has_alpha=any(sample.mask.kind == "alpha" for sample in masked),

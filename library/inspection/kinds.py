@@ -172,6 +172,8 @@ GROUPS: Mapping[str, tuple[Kind, ...]] = MappingProxyType(
                  "Write them, set caption_extension, or leave mask_captions out."),
             Kind("drop-tags-unused", "warning", "mask_drop_tags that no caption has",
                  "Check how the captions write it."),
+            Kind("drop-tags-all", "warning", "Captions of which mask_drop_tags leaves nothing",
+                 "Write more into the caption, or drop fewer tags."),
         ),
         "Settings": (
             Kind("only-regularisation", "error", "Data sets of regularisation images alone",

@@ -131,8 +131,15 @@ class Setting:
     steps_done: int = 0  # before this run: of a resumed one, or --initial_step
 
 
-def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
-    """Return the run: the network made and attached, the optimizer and everything else around it."""
+def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None, mean_mask_weight: float | None = None) -> Run:
+    """Return the run: the network made and attached, the optimizer and everything else around it.
+
+    Args:
+        setting: of the run.
+        loaded: its models and caches.
+        hashes: of the model files; None on processes that write nothing.
+        mean_mask_weight: of the masked images, for the files' metadata; None where it is not known.
+    """
     options, accelerator, plan = setting.options, setting.accelerator, setting.plan
     parts = loaded.parts
     stores = Stores(loaded.latents, None if loaded.texts is None else loaded.texts.captions)
@@ -165,7 +172,8 @@ def assemble(setting: Setting, loaded: Loaded, hashes: Hashes | None) -> Run:
     live = Live(trained, step, prepared, scheduler, accelerator.scaler, history, average)
     if setting.checked.resumed is not None:
         live.restore(setting.checked.resumed)
-    metadata = file_metadata.collect(setting, optimizers.describe(optimizer, options.optimizer), hashes)
+    told = optimizers.describe(optimizer, options.optimizer)
+    metadata = file_metadata.collect(setting, told, hashes, mean_mask_weight)
     latents_of = training_data.latents_of(setting.family, parts, options.caching.vae_batch_size)
     saver, states = make_savers(setting, live, metadata)
     return Run(

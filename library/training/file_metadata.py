@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from library import metadata
@@ -50,13 +50,16 @@ class FileMetadata:
         return metadata.minimum(values) if self.is_minimal else values
 
 
-def collect(setting: Setting, optimizer: str, hashes: Hashes | None) -> FileMetadata:
+def collect(
+    setting: Setting, optimizer: str, hashes: Hashes | None, mean_mask_weight: float | None = None
+) -> FileMetadata:
     """Return what is known of a run when it begins.
 
     Args:
         setting: of the run.
         optimizer: as `optimizers.describe` names it.
         hashes: of the model files; None on processes that write nothing.
+        mean_mask_weight: of the masked images; None where it is not known.
     """
     options, data, plan, family = setting.options, setting.checked.data, setting.plan, setting.family
     network, is_whole = options.network, setting.checked.method.trains_models
@@ -87,7 +90,9 @@ def collect(setting: Setting, optimizer: str, hashes: Hashes | None) -> FileMeta
     )
     if is_whole:
         return FileMetadata({}, spec, None, is_minimal=True)
-    fixed = metadata.training_metadata(options, facts_of(options, data, plan, setting.accelerator.num_processes), run)
+    facts = facts_of(options, data, plan, setting.accelerator.num_processes)
+    facts = replace(facts, masks=replace(facts.masks, mean_weight=mean_mask_weight))
+    fixed = metadata.training_metadata(options, facts, run)
     return FileMetadata(fixed, spec, hashes, options.saving.no_metadata)
 
 

@@ -312,8 +312,9 @@ def frozen_copy(model: nn.Module, autocast: torch.dtype | None) -> nn.Module:
         model: to be copied.
         autocast: what their weights are cast to; None: they are not.
     """
-    made = copy.deepcopy(model).requires_grad_(False).eval()
-    for layer in made.modules():
+    cast: dict[int, nn.Parameter] = {}  # what takes the place of weights in the copy: they are never there whole
+    for layer in model.modules():
         if autocast is not None and isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.to(autocast)
-    return made
+            for weight in layer.parameters(recurse=False):
+                cast[id(weight)] = nn.Parameter(weight.detach().to(autocast, copy=True), requires_grad=False)
+    return copy.deepcopy(model, dict(cast)).requires_grad_(False).eval()

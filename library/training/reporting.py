@@ -51,6 +51,11 @@ class Reporter:
     masks: MaskFacts
     model_facts: Mapping[str, str]
 
+    @property
+    def mean_mask_weight(self) -> float | None:
+        """The mean weight of the masked images, or of those that were looked at; None without masks."""
+        return mean_share(self.masks.shares)
+
     def write(self, run: Run, *, is_complete: bool) -> Path | None:
         """Write the report of a run that has ended; return its path, None where none is wanted."""
         if not self.options.saving.report:

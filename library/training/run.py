@@ -125,7 +125,7 @@ def carry_out(setting: Setting) -> bool:
         hashes = Hashes.start(options.model.pretrained_model_name_or_path or "", options.model.vae)
     loaded = loading.load(setting)
     reporter = reporting.start(setting, loaded.latents)
-    run = assembly.assemble(setting, loaded, hashes)
+    run = assembly.assemble(setting, loaded, hashes, reporter.mean_mask_weight)
     log.info(
         "training: %d steps, %d epochs of %d batches, accumulated over %d",
         setting.max_train_steps,

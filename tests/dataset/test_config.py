@@ -302,6 +302,13 @@ def test_keys_about_caption_files_are_warned_about_beside_a_metadata_file(read, 
     assert "cache_info" not in caplog.text
 
 
+@pytest.mark.parametrize("general", ["mask_captions = true", ""])
+def test_the_extension_of_captions_counts_beside_a_metadata_file_where_masks_have_captions(read, caplog, general):
+    own = "" if general else "mask_captions = true"
+    read(one_subset(f"metadata_file = 'm.json'\ncaption_extension = '.txt'\n{own}", general=general))
+    assert "caption_extension" not in caplog.text
+
+
 def test_in_json_makes_one_dataset_whose_names_start_at_train_data_dir():
     options = DatasetOptions(in_json="m.json", train_data_dir="photos", resolution="512", dataset_repeats=2)
     (config,) = load(options, CaptionOptions(shuffle_caption=True), MaskOptions(conditioning_data_dir="masks"))

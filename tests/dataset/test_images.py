@@ -1,12 +1,11 @@
 import io
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from dataset import pictures
 from PIL import Image, PngImagePlugin
 
-from library.dataset.config import SubsetConfig
 from library.dataset.geometry import Transform
 from library.dataset.images import (
     ORIENTATION,
@@ -173,7 +172,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 
 def sample_of(path, transform, mask):
-    return SimpleNamespace(path=path, transform=transform, mask=mask, give=None, subset=SubsetConfig(path.parent))
+    return pictures.sample_of(path, mask, transform=transform)
 
 
 def test_a_file_and_alpha_of_the_same_shape_give_the_same_mask(tmp_path):

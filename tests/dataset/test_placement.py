@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.dataset import contact_sheet, geometry, images, looks, placement, scan, summary
+from library.dataset import contact_sheet, geometry, images, looks, mask_shares, placement, scan, summary
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.cut_settings import DEFAULT_VARIANTS, check, warn_of_idle
 from library.dataset.geometry import Transform, size_conditioning
@@ -287,15 +287,15 @@ def test_the_region_is_known_where_the_picture_may_be_larger_than_the_bucket(tmp
         assert scan.scan([config]).samples[0].region == region
 
 
-def test_the_contact_sheet_and_the_mean_weight_know_that_free_canvas_is_no_mask(samples):
+def test_the_contact_sheet_and_the_shares_know_that_free_canvas_is_no_mask(samples):
     cells = contact_sheet.cells(samples)
     assert all(isinstance(cell, Image.Image) for cell in cells.values())
     weights = images.read_mask_weights(samples[0])
     assert weights is not None
     first = looks.looks_of(samples[0])[0].transform
     assert weights.mean() == pytest.approx(geometry.coverage(first).mean() / 255, rel=1e-4)
-    assert images.mean_mask_weight(samples) is None
-    assert build_store(samples, settings_of(to_disk=False), StubEncoder()).mean_mask_weight() is None
+    store = build_store(samples, settings_of(to_disk=False), StubEncoder())
+    assert mask_shares.decoded(samples) == mask_shares.stored(samples, store) == []
     assert summary.mask_line(samples) == (
         "masks: none; all 2 images are learnt whole; the canvas around placed images is not learnt"
     )

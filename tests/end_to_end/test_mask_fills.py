@@ -31,6 +31,27 @@ def test_one_subset_that_keeps_what_is_masked_out_does_change_the_network(
     assert differing(one.tensors, other.tensors)
 
 
+BESIDE = {
+    "aware crops": "--mask_aware_crop --mask_aware_zoom 2 --mask_area_norm 1 --mask_prior_weight 0.5",
+    "placements": "--random_placement --placement_rotate 30 --mask_area_norm 1 --mask_prior_weight 0.5",
+    "placements in a cache": "--random_placement --placement_rotate 30 --placement_scale 0.4,2 --cache_latents",
+    "moved and shaped": "--random_crop --mask_aware_crop --color_aug --mask_dilate 3 --mask_erode 3",
+    "validation": "--validation_split 0.3 --validate_every_n_steps 1 --mask_weight_min 0.1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", BESIDE.values(), ids=BESIDE)
+def test_beside_all_that_acts_on_masks_what_is_masked_out_changes_no_bit(
+    words: str, train: Train, tmp_path: Path
+) -> None:
+    one, other = (
+        train(draw(tmp_path / str(hidden), hidden), *words.split(), *STEPS, name=f"run{hidden}") for hidden in (1, 2)
+    )
+    assert not differing(one.tensors, other.tensors)
+    assert one.losses == other.losses
+
+
 @pytest.mark.slow
 def test_whole_models_do_not_depend_on_what_is_masked_out(tmp_path: Path) -> None:
     one, other = (

@@ -77,6 +77,7 @@ def test_the_description_of_the_data_has_the_listed_keys(plain_run: Trained) -> 
 def test_masked_images_are_counted_in_the_file(plain_run: Trained) -> None:
     keys = ("ss_masked_loss", "ss_alpha_mask", "ss_num_masked_images", "ss_num_train_images")
     assert [plain_run.metadata[key] for key in keys] == ["True", "True", "4", "4"]
+    assert float(plain_run.metadata["ss_mean_mask_weight"]) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("option", TEXTS)

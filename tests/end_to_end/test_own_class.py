@@ -63,8 +63,8 @@ def test_latents_are_not_cached_and_the_option_is_refused(
 
 
 def test_options_for_files_are_named_as_idle(family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    more = ("--alpha_mask", "--validation_split", 0.5, "--max_train_steps", 1)
+    more = ("--alpha_mask", "--mask_captions", "--validation_split", 0.5, "--max_train_steps", 1)
     assert family.run(*arguments(family, tmp_path, None, *OPTIONS, *more)) == 0
     said = capfd.readouterr().err
-    for name in ("alpha_mask", "validation_split"):
+    for name in ("alpha_mask", "mask_captions", "validation_split"):
         assert f"--{name} has no effect: --dataset_class makes the images" in said

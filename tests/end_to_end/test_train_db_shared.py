@@ -90,7 +90,7 @@ def test_weights_that_are_shared_out_are_saved_whole_and_as_without_it(config, t
     after_stop = differing(other["lora-step00000002.safetensors"], other["lora.safetensors"])
     assert after_stop
     assert not [name for name in after_stop if name.startswith(TEXT)]
-    assert curve(tmp_path / "shared") == pytest.approx(curve(tmp_path / "plain"), rel=1e-3)
+    assert curve(tmp_path / "shared") == pytest.approx(curve(tmp_path / "plain"), rel=1e-2)
     blocks = re.search(r"FSDP gathers (\d+) blocks one at a time", said)
     assert blocks, said[-2000:]
     assert int(blocks.group(1)) > 12, "layers of the text encoder and blocks of the U-Net"

@@ -7,7 +7,8 @@ import pytest
 
 from library.dataset.plan import Bucket, RunPlan
 from library.training import draws, interrupts
-from library.training.loop import Place, places
+from library.training.loop import Place, in_words, masked_averages, places
+from library.training.metrics import LossHistory, LossRecord, MaskFigures
 
 
 def plan_of(num_images: int, accumulation: int = 1) -> RunPlan:
@@ -55,3 +56,17 @@ def test_the_handlers_before_are_restored() -> None:
     with interrupts.deferred():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_progress_bar_shows_the_mean_losses_inside_and_outside_of_masks_as_far_as_there_are_any() -> None:
+    history = LossHistory(window=2)
+    assert masked_averages(history) == {}
+    for step, figures in enumerate([None, MaskFigures(0.25, None, 1.0), MaskFigures(0.75, None, 1.0)], start=1):
+        history.add(LossRecord(step, 1, 0.5, {}, {}, is_stop_wanted=False, figures=figures))
+    assert masked_averages(history) == {"inside": 0.5}
+
+
+def test_the_line_about_validation_ends_with_the_losses_inside_and_outside_of_masks() -> None:
+    assert in_words(MaskFigures(0.25, 0.5, 1.0)) == ", inside the masks 0.2500, outside 0.5000"
+    assert in_words(MaskFigures(None, 0.5, 1.0)) == ", outside 0.5000"
+    assert in_words(None) == ""

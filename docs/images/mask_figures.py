@@ -1,6 +1,6 @@
 """Draw the pictures of docs/masks.md from the example photos, with the project's own code.
 
-    python docs/images/masks.py
+    python docs/images/mask_figures.py
 
 mask-fills.webp: what the model sees with each mask_fill. mask-shapes.png: erode, dilate, feather, invert.
 mask-labels.png: a label map and its weights. mask-weights.png: how hard an image pulls. mask-prior.png: what is learnt
