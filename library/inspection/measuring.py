@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -68,7 +69,7 @@ def coloured(image: Image.Image) -> float:
 
 def transparency(image: Image.Image) -> tuple[int, int] | None:
     """Return the least and the most opacity of a picture, None if it has no transparency."""
-    if not image.has_transparency_data:
+    if not image.has_transparency_data or image.mode.startswith(("I", "F")):
         return None
     least, most = image.convert("RGBA").getchannel(3).getextrema()
     assert isinstance(least, int)
@@ -135,18 +136,28 @@ def label_shares(image: Image.Image, table: dict[str, float]) -> tuple[tuple[tup
 
     Label 0 and black need not be listed: they stand for what is nothing. With an "other" nothing has to be.
     """
-    colours = np.asarray(image.convert("RGBA" if image.mode == "P" else "RGB"))[..., :3].astype(np.int32)
+    unlisted, listed = [], set()
+    for number, colour, share in _labels(image):
+        if number in table or colour in table:
+            listed |= {number, colour} & table.keys()
+        elif (number or colour) not in ("0", "#000000"):
+            unlisted.append((number or colour, share))
+    is_complete = "other" in table
+    return () if is_complete else tuple(unlisted), frozenset(listed)
+
+
+def _labels(image: Image.Image) -> Iterator[tuple[str, str, float]]:
+    """Yield number, colour ('' where a picture has none) and share of the pixels of each label in a map."""
+    if image.mode == "1" or image.mode.startswith(("I", "F")):
+        numbers, counts = np.unique(np.asarray(image).astype(np.int64), return_counts=True)
+        for value, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            yield str(value), "", count / counts.sum()
+        return
+    colours = np.asarray(image.convert("RGBA" if image.mode in ("P", "PA") else "RGB"))[..., :3].astype(np.int64)
     codes = (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
     is_numbered = image.mode in ("P", "PA", "L", "LA")
     if is_numbered:
-        codes = codes | (np.asarray(image.getchannel(0), np.int32) << 24)
-    values, counts = np.unique(codes.astype(np.uint32), return_counts=True)
-    unlisted, listed = [], set()
+        codes |= np.asarray(image.getchannel(0), np.int64) << 24
+    values, counts = np.unique(codes, return_counts=True)
     for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        number, colour = (str(value >> 24) if is_numbered else ""), f"#{value & 0xFFFFFF:06x}"
-        if number in table or colour in table:
-            listed |= {number, colour} & table.keys()
-        elif number not in ("", "0") or (not number and colour != "#000000"):
-            unlisted.append((number or colour, count / codes.size))
-    is_complete = "other" in table
-    return () if is_complete else tuple(unlisted), frozenset(listed)
+        yield (str(value >> 24) if is_numbered else ""), f"#{value & 0xFFFFFF:06x}", count / codes.size

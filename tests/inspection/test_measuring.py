@@ -1,12 +1,15 @@
 """Measures of pixels: numbers worked out by hand."""
 
+import io
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from library import mask_shaping
-from library.dataset import geometry
+from library.dataset import geometry, images
 from library.dataset.geometry import Transform
 from library.inspection import measuring
 from library.inspection.measuring import THIN
@@ -97,3 +100,19 @@ def test_the_same_picture_is_alike_whatever_its_size_and_format_and_another_is_n
     assert (bits[0] != bits[1]).mean() < 0.05
     assert profiles[0] @ profiles[2] < 0.9
     assert measuring.likeness(np.full_like(first, 90), None)[0] is None
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I"])
+@pytest.mark.parametrize("format_name", ["PNG", "WEBP", "JPEG", "BMP"])
+def test_masks_of_every_mode_can_be_measured(mode, format_name):
+    written = io.BytesIO()
+    try:
+        Image.new(mode, (40, 32)).save(written, format_name)
+    except (OSError, ValueError, KeyError):
+        pytest.skip("there is no such file")
+    image = images.open_mask(written.getvalue(), Path("mask"))
+    unlisted, listed = measuring.label_shares(image, {"0": 1.0, "#000000": 1.0, "#ffffff": 1.0})  # 0 of CMYK
+    assert unlisted == ()
+    assert listed
+    assert measuring.coloured(image) == 0
+    assert measuring.transparency(image) in (None, (0, 0))
