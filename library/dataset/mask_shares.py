@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EMPTY = "masks have nothing white in the part that is trained"
-LEFT_OUT = "Their images are left out, as mask_area_norm cannot scale nothing. Are the masks inverted?"
-KEPT = "Their images teach nothing. Are the masks inverted?"
+EMPTY = "nothing white in the part that is trained"
+LEFT_OUT = "Left out, as mask_area_norm has nothing to scale there. If black and white are swapped, set mask_invert."
+KEPT = "Nothing is learnt there. If black and white are swapped, set mask_invert."
 
 
 @dataclass(frozen=True)
@@ -105,5 +105,7 @@ def without_empty(found: Scan) -> Scan:
 def warn_of_empty(empty: Sequence[MaskShare], outcome: str) -> None:
     """Name the images of empty masks in one line that ends with what becomes of them."""
     names = [str(share.sample.path) for share in empty]
-    if names:
-        log.warning("%d %s: %s. %s", len(names), EMPTY, listed(names), outcome)
+    if len(names) == 1:
+        log.warning("%s: its mask has %s. %s", names[0], EMPTY, outcome)
+    elif names:
+        log.warning("%d masks have %s: %s. %s", len(names), EMPTY, listed(names), outcome)

@@ -111,8 +111,8 @@ def test_images_with_empty_masks_stay_without_it_and_are_named(argv, tmp_path, c
     assert not caplog.records
     reporting.tell_masks(data, None)
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "0.png" in line
-    assert "teach nothing" in line
+    assert "0.png: its mask has nothing white" in line
+    assert "Nothing is learnt there" in line
 
 
 def test_a_data_set_of_empty_masks_alone_is_an_error_with_mask_area_norm(argv, tmp_path) -> None:
