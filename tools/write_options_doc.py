@@ -11,7 +11,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from library.options.command_line import CONFIG_FILE, OUTPUT_CONFIG  # noqa: E402
-from library.options.declare import declared  # noqa: E402
+from library.options.declare import declared, default_text  # noqa: E402
 from library.options.groups import GROUPS, all_declared  # noqa: E402
 from library.options.reference import (  # noqa: E402
     GRANTED,
@@ -107,7 +107,7 @@ def _row(each: Declared) -> str:
     if each.default is None or each.default == "":
         default = ""
     else:
-        default = f"`{str(each.default).lower() if each.element is bool else each.default}`"
+        default = f"`{str(each.default).lower() if each.element is bool else default_text(each)}`"
     scripts = OTHER_SCRIPTS.get(each.name, ((),))[0]  # that alone have this option
     only = f" Only {' and '.join(scripts)}." if scripts else ""
     return f"| `{each.flag}` | {kind} | {default} | {_escaped(each.help + limits + only)} |"

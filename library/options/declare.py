@@ -170,7 +170,12 @@ def help_line(each: Declared) -> str:
     """Return the help of an option with its range and default."""
     range_text = f" Must be {each.bounds.text()}." if each.bounds.text() else ""
     is_unset = each.default is None or each.default is False or each.default == ""
-    return each.help + range_text + ("" if is_unset else f" Default: {each.default}.")
+    return each.help + range_text + ("" if is_unset else f" Default: {default_text(each)}.")
+
+
+def default_text(each: Declared) -> str:
+    """Return the default of an option as users would write it."""
+    return " ".join(map(str, each.default)) if each.is_list else str(each.default)
 
 
 def build(group: type[Group], values: Mapping[str, Any]) -> Group:
