@@ -63,6 +63,7 @@ def test_the_benchmark_of_checking_a_dataset_runs_the_command(capsys):
     assert set(run("check_dataset", capsys)) == {"check 3 JPEG + mask PNG", "check 3 RGBA PNG"}
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_starting_up_finds_every_phase_in_the_log(capsys, tmp_path):
     dataset = tmp_path / "dataset.toml"
     dataset.write_text(DATASET, encoding="utf-8")
@@ -77,24 +78,27 @@ def test_the_benchmark_of_steps_takes_the_model_out(capsys):
     assert {"disk, masks on: outside the model", "weigh the loss, batch of 4 at 128"} <= set(found)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_true_size_trains_and_finds_the_keys_of_the_reference(capsys):
     found = run("true_size", capsys, "--model", tiny_models.tiny_sd15())
     assert {"peak memory of loading", "command to the end of step 1", "peak memory"} <= set(found)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_true_size_trains_the_models_themselves_and_times_single_steps(capsys):
     options = ("--family", "sd15_full_fused", "--without_loading", "--steps", 3, "--model", tiny_models.tiny_sd15())
     found = run("true_size", capsys, *options)
     assert found["a step"][4] == "1", "of three steps, from the end of the first to that of the second"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 @pytest.mark.parametrize(
     ("model", "make"),
     [
-        pytest.param("sd15", tiny_models.tiny_sd15, marks=pytest.mark.slow),
+        ("sd15", tiny_models.tiny_sd15),
         ("sdxl", tiny_models.tiny_sdxl),
-        pytest.param("sd15_full", tiny_models.tiny_sd15, marks=pytest.mark.slow),
+        ("sd15_full", tiny_models.tiny_sd15),
     ],
 )
 def test_the_benchmark_of_a_gpu_runs_where_there_is_none(capsys, model, make):
@@ -104,6 +108,7 @@ def test_the_benchmark_of_a_gpu_runs_where_there_is_none(capsys, model, make):
     assert found[f"{case}: graphs compiled later"][-1] == "< 1: holds"
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_sd3_swaps_blocks_and_leaves_tokens_out(capsys):
     found = run("sd3_speed", capsys)
     assert {"batch 1: speed", "batch 1, 4 blocks swapped: speed", "batch 1, tokens left out: speed-up"} <= set(found)

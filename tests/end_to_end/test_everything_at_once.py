@@ -66,6 +66,7 @@ def test_none_of_them_is_warned_about_but_what_the_family_has_not(run: Trained, 
     assert about == list(family.idle)
 
 
+@pytest.mark.slow
 def test_the_file_that_output_config_writes_trains_the_same_network(run: Trained, family, arguments, tmp_path) -> None:
     settings = tmp_path / "settings.toml"
     with pytest.raises(SystemExit) as stopped:

@@ -62,6 +62,7 @@ def test_fp8_base_stores_text_encoders_too_and_fp8_base_unet_the_unet_alone(
     assert kept == [(small, small), (small, half), (small, half)]
 
 
+@pytest.mark.slow
 def test_previews_validation_checkpointing_and_resuming_work_on_float8(
     train: Train, config: Path, tmp_path: Path
 ) -> None:

@@ -98,7 +98,7 @@ def pixels_of(folder: Path) -> list[str]:
     "more",
     [
         (),
-        ("--mixed_precision", "bf16"),
+        pytest.param(("--mixed_precision", "bf16"), marks=pytest.mark.slow),
         ("--caption_dropout_rate", 0.5, "--caption_prefix", "a photo of", "--weighted_captions"),
         ("--max_token_length", 150, "--clip_skip", 2, "--caption_dropout_every_n_epochs", 2),
     ],
@@ -198,7 +198,13 @@ def test_a_model_of_a_folder_trains_the_same_network_however_much_of_it_is_loade
 
 
 @pytest.mark.parametrize(
-    "module", [("networks.dylora", "unit=2"), ("networks.oft", ""), ("lycoris.kohya", "algo=locon")], ids=lambda m: m[0]
+    "module",
+    [
+        pytest.param(("networks.dylora", "unit=2"), marks=pytest.mark.slow),
+        ("networks.oft", ""),
+        pytest.param(("lycoris.kohya", "algo=locon"), marks=pytest.mark.slow),
+    ],
+    ids=lambda m: m[0],
 )
 def test_other_networks_train_the_same_with_captions_encoded_before(
     module, train: Train, config: Path, family: Family
@@ -331,7 +337,11 @@ def test_a_second_start_encodes_nothing_and_an_edited_caption_only_itself(
 
 @pytest.mark.parametrize(
     "more",
-    [("--max_token_length", 150), ("--weighted_captions",), ("--mixed_precision", "bf16")],
+    [
+        ("--max_token_length", 150),
+        pytest.param(("--weighted_captions",), marks=pytest.mark.slow),
+        pytest.param(("--mixed_precision", "bf16"), marks=pytest.mark.slow),
+    ],
     ids=lambda more: more[0],
 )
 def test_what_decides_how_captions_are_encoded_makes_the_cache_stale(more, encoded: Encoded, family: Family) -> None:

@@ -278,7 +278,7 @@ def test_blocks_that_take_turns_on_the_device_give_the_same_gradients(is_checkpo
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
-@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("is_checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_blocks_give_the_same_gradients_and_names(is_checkpointed):
     expected = trained(narrow())
     denoiser = narrow()
@@ -290,6 +290,7 @@ def test_compiled_blocks_give_the_same_gradients_and_names(is_checkpointed):
     assert list(denoiser.state_dict()) == names
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_blocks_of_every_kind_and_size_are_compiled():
     """By itself torch gives up after eight, and computes on without its compiler."""

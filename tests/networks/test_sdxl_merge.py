@@ -247,7 +247,8 @@ def test_nothing_is_left_open_in_the_places_of_the_tiny_model(whole):
 
 
 # ---- rotations -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_a_file_of_networks_oft_is_merged_as_base_weights_merge_it(tmp_path, name):
     make, command, family = {
         "sd15": (tiny_sd15, merge_lora, Sd()),
