@@ -2,11 +2,13 @@
 
 mask-aware-crop.png: photos with the box round what their masks let be learnt, and their cuts with and without
 mask_aware_crop and mask_aware_zoom.
+pad-buckets.png: the sheet of tools/pad_buckets.py, of a copy of each photo.
 placement.png: pictures as random_placement shows them, drawn as training draws them, and what of them is learnt.
 """
 
 import random
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from library.dataset.geometry import Pixels, Transform  # noqa: E402
 from library.dataset.images import Decoded  # noqa: E402
 from library.dataset.looks import Look  # noqa: E402
 from library.isolation import KEEP, Fill  # noqa: E402
+from tools import pad_buckets  # noqa: E402
 
 DATA = ROOT / "examples" / "data"
 SIDE, MARGIN, TITLE = 176, 8, 26
@@ -102,6 +105,17 @@ def draw_placements() -> None:
     sheet_of(rows, titles).quantize(256).save(HERE / "placement.png", optimize=True)
 
 
+def draw_copies() -> None:
+    """Write pad-buckets.png."""
+    with tempfile.TemporaryDirectory() as folder:
+        masks = ["--mask_dir", str(DATA / "photos_mask"), "--mask_out", f"{folder}/masks"]
+        drawn = ["--rotate", "10", "--seed", "3", "--sheet", f"{folder}/sheet.png"]
+        assert pad_buckets.main([str(DATA / "photos"), f"{folder}/copies", *masks, *drawn]) == 0
+        with Image.open(f"{folder}/sheet.png") as sheet:
+            sheet.quantize(128).save(HERE / "pad-buckets.png", optimize=True)
+
+
 if __name__ == "__main__":
+    draw_copies()
     draw_crops()
     draw_placements()
