@@ -66,6 +66,7 @@ def test_gradient_checkpointing_changes_no_loss(train, config):
     assert changes(checkpointed, plain) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_a_compiled_model_has_the_same_loss(train, config):
     plain = train(config, name="plain")

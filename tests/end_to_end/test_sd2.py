@@ -99,6 +99,7 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(whole: Trained, train):
     assert resumed.losses == whole.losses[2:]
 
 
+@pytest.mark.slow
 @velocity_only
 def test_merged_into_the_model_it_does_what_it_does_beside_it(whole: Trained, train, config, family, tmp_path):
     merged = tmp_path / "merged.safetensors"

@@ -122,7 +122,12 @@ def by_diffusers_names(run: Trained, file: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "route", [("--network_weights",), ("--dim_from_weights", "--network_weights"), ("--base_weights",)]
+    "route",
+    [
+        ("--network_weights",),
+        pytest.param(("--dim_from_weights", "--network_weights"), marks=pytest.mark.slow),
+        pytest.param(("--base_weights",), marks=pytest.mark.slow),
+    ],
 )
 def test_a_file_with_diffusers_names_counts_as_one_with_the_original_names(route, sdxl, tmp_path):
     trained = sdxl("--learning_rate", "1e-2", "--network_args", "conv_dim=4", name="trained")

@@ -503,6 +503,7 @@ def test_the_denoiser_of_sd3_trains_the_same(kept, is_checkpointed):
         assert_same(gradients(num_swapped), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_a_compiled_block_trains_the_same():
     made = make(1, depth=3, trained=[1])
