@@ -7,6 +7,7 @@ placement.png: pictures as random_placement shows them, drawn as training draws 
 """
 
 import random
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -25,7 +26,6 @@ from library.dataset.geometry import Pixels, Transform  # noqa: E402
 from library.dataset.images import Decoded  # noqa: E402
 from library.dataset.looks import Look  # noqa: E402
 from library.isolation import KEEP, Fill  # noqa: E402
-from tools import pad_buckets  # noqa: E402
 
 DATA = ROOT / "examples" / "data"
 SIDE, MARGIN, TITLE = 176, 8, 26
@@ -110,7 +110,8 @@ def draw_copies() -> None:
     with tempfile.TemporaryDirectory() as folder:
         masks = ["--mask_dir", str(DATA / "photos_mask"), "--mask_out", f"{folder}/masks"]
         drawn = ["--rotate", "10", "--seed", "3", "--sheet", f"{folder}/sheet.png"]
-        assert pad_buckets.main([str(DATA / "photos"), f"{folder}/copies", *masks, *drawn]) == 0
+        command = [sys.executable, str(ROOT / "tools" / "pad_buckets.py"), str(DATA / "photos"), f"{folder}/copies"]
+        subprocess.run([*command, *masks, *drawn], check=True)
         with Image.open(f"{folder}/sheet.png") as sheet:
             sheet.quantize(128).save(HERE / "pad-buckets.png", optimize=True)
 

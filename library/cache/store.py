@@ -41,10 +41,6 @@ class LatentStore:
         """Whether latents are kept in this process: loading them in others would copy them."""
         return any(isinstance(stored.place, CachedLatents) for looks in self._stored for stored in looks)
 
-    def num_looks(self, index: int) -> int:
-        """Return how many looks of a sample there are to choose from."""
-        return len(self._stored[index])
-
     def get(self, index: int, *, flip: bool, look: int = 0) -> tuple[Tensor, Sums | None]:
         """Return the latents (C, h, w) and the mask (h, w) of a sample, both mirrored if flip; no mask: 1 everywhere.
 

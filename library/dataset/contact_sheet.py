@@ -104,7 +104,7 @@ def _share(sample: Sample, weights: Weights | None) -> str:
     )
     if sample.mask.path is not None:
         source = sample.mask.path.name
-    fills = [look.fill.kind for look in looks.looks_of(sample)]
+    fills = [fill.kind for fill in looks.fills_of(sample)]
     filled = "" if set(fills) == {"keep"} else f", fill: {', '.join(dict.fromkeys(fills))}"
     return f"{weights.mean():.0%} is learnt, mask: {source}{filled}"
 

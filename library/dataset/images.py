@@ -97,7 +97,7 @@ def decode(data: bytes, path: Path, *, want_alpha: bool) -> Decoded:
             image = _upright(file)
             if image.mode.startswith("I") or image.mode == "F":
                 grey = _grey_8_bit(image, path)
-                return Decoded(np.dstack((grey, grey, grey)), None)
+                return Decoded(np.dstack((grey, grey, grey)), _alpha_of_grey(image) if want_alpha else None)
             if not image.has_transparency_data:
                 return Decoded(np.asarray(image.convert("RGB")), None)
             rgba = np.asarray(image.convert("RGBA"))
@@ -159,6 +159,12 @@ def _grey_8_bit(image: Image.Image, path: Path) -> Pixels:
         raise DataError(f"{path}: has floating-point pixels. Save it with 8 or 16 bits a channel.")
     values = np.asarray(image).astype(np.int64)
     return ((values + 128) // 257).clip(0, 255).astype(np.uint8)  # 65535 = 255 * 257
+
+
+def _alpha_of_grey(image: Image.Image) -> Pixels | None:
+    """Return the transparency (H, W) of a grey of 16 bits, of which a PNG can name one value as transparent."""
+    key = image.info.get("transparency")
+    return None if key is None else np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
@@ -313,7 +319,7 @@ def read_training_pixels(sample: Sample) -> Pixels:
     Raises: DataError.
     """
     image, sample, _ = of_sample(sample)
-    look = looks.first_of(sample)
+    look = looks.look_of(sample, 0)
     mask = None if look.fill.is_keep else mask_of(image, sample.mask, sample.transform.source)
     return see(image, mask, look, sample.path).pixels
 
@@ -326,7 +332,7 @@ def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:
     image = None
     if sample.mask.kind in ("alpha", "own"):
         image, sample, _ = of_sample(sample)
-    sums = mask_in_bucket(image, sample.mask, looks.first_of(sample).transform)
+    sums = mask_in_bucket(image, sample.mask, looks.look_of(sample, 0).transform)
     return None if sums is None else to_array(sums)
 
 

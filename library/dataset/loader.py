@@ -19,6 +19,7 @@ from library.cache.fill import to_images
 from library.cache.store import LatentStore, TextStore
 from library.dataset import captions, geometry, images, looks, mask_captions, placement, plan
 from library.dataset.geometry import Pixels, SizeConditioning
+from library.dataset.looks import Look
 from library.dataset.plan import Draw
 from library.dataset.scan import Sample
 from library.dataset.weighing import Shown, weigh
@@ -149,13 +150,14 @@ class DrawnImages(DrawsDataset):
             left_out=mask_captions.left_out(sample) if is_masked and not is_whole else captions.NO_TAGS,
         )
         face = None if self.store is not None else geometry.face_in_name(sample.path)
-        choices = looks.looks_of(sample)
-        number = looks.draw(len(choices), plan.rng(seed, draw, f"{stem} look"))
-        look = choices[number]
-        transform = geometry.draw(look.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
+        number = looks.draw(looks.num_looks(sample), plan.rng(seed, draw, f"{stem} look"))
         if self.store is None and sample.subset.random_placement:
             placed_by = plan.rng(seed, draw, f"{stem} placement")
-            transform = placement.draw(transform, sample.subset, placed_by, sample.region)
+            placed = placement.draw(sample.transform, sample.subset, placed_by, sample.region)
+            look = Look(placed, looks.fill_of(sample, number))
+        else:
+            look = looks.look_of(sample, number)
+        transform = geometry.draw(look.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
         sizes = geometry.size_conditioning(transform)
         if image is None:
             assert self.store is not None

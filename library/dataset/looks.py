@@ -27,20 +27,25 @@ class Look:
 
 def looks_of(sample: Sample) -> tuple[Look, ...]:
     """Return all looks of a sample, one at least; the first stands for them on sheets."""
-    return tuple(Look(transform, fill) for transform in transforms_of(sample) for fill in fills_of(sample))
+    return tuple(look_of(sample, number) for number in range(num_looks(sample)))
 
 
-def transforms_of(sample: Sample) -> tuple[Transform, ...]:
-    """Return the ways of bringing a sample into its bucket, but for what is drawn anew each time."""
-    if not sample.subset.random_placement:
-        return (sample.transform,)
-    return tuple(_placed(sample, number) for number in range(sample.subset.placement_variants))
+def num_looks(sample: Sample) -> int:
+    """Return how many looks a sample has."""
+    return (sample.subset.placement_variants if sample.subset.random_placement else 1) * len(fills_of(sample))
 
 
-def first_of(sample: Sample) -> Look:
-    """Return the look that stands for all of a sample."""
-    transform = _placed(sample, 0) if sample.subset.random_placement else sample.transform
-    return Look(transform, fills_of(sample)[0])
+def look_of(sample: Sample, number: int) -> Look:
+    """Return one look of a sample, numbered from 0, without making the others."""
+    is_placed = sample.subset.random_placement
+    transform = _placed(sample, number // len(fills_of(sample))) if is_placed else sample.transform
+    return Look(transform, fill_of(sample, number))
+
+
+def fill_of(sample: Sample, number: int) -> Fill:
+    """Return the fill of one look of a sample, numbered from 0."""
+    fills = fills_of(sample)
+    return fills[number % len(fills)]
 
 
 def _placed(sample: Sample, number: int) -> Transform:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from library.dataset import images
+from library.dataset import images, shares
 from library.dataset.problems import listed
 from library.dataset.scan import Sample, Scan
 from library.dataset.weighing import Cells
@@ -80,6 +80,8 @@ def stored(samples: Sequence[Sample], store: LatentStore) -> list[MaskShare]:
 def without_empty(found: Scan) -> Scan:
     """Return the scan without the images whose loss mask_area_norm is to scale and whose masks are empty; name them.
 
+    Regularisation images become as many as the images that are left.
+
     Masks are read for that. Those that a class of the user's makes anew at each draw stay.
 
     Raises: DataError.
@@ -99,7 +101,7 @@ def without_empty(found: Scan) -> Scan:
         return not sample.subset.mask_area_norm or identity(sample) not in gone
 
     samples, validation = (tuple(filter(is_kept, each)) for each in (found.samples, found.validation))
-    return replace(found, samples=samples, validation=validation)
+    return replace(found, samples=tuple(shares.balanced_again(samples)), validation=validation)
 
 
 def warn_of_empty(empty: Sequence[MaskShare], outcome: str) -> None:

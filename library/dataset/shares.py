@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,14 @@ def divide(datasets: Sequence[Sequence[Sample]]) -> tuple[list[Sample], list[Sam
         message = f"{path}: held back for validation in one subset, so no other trains on it."
         shared.append(Problem("warning", path, message, joint, "validation-shared"))
     return trained, validation, shared
+
+
+def balanced_again(samples: Iterable[Sample]) -> list[Sample]:
+    """Return samples that are trained on, of which some have been taken away since, balanced anew."""
+    datasets: dict[int, list[Sample]] = {}
+    for sample in samples:
+        datasets.setdefault(sample.dataset, []).append(replace(sample, num_repeats=sample.subset.num_repeats))
+    return [sample for dataset in datasets.values() for sample in _balanced(dataset)]
 
 
 def _balanced(samples: Sequence[Sample]) -> list[Sample]:

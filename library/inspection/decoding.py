@@ -182,7 +182,7 @@ def _centre_and_frame(weights: measuring.Weights) -> tuple[float, float]:
 
 def _thumbnail(sample: Sample, decoded: Decoded, mask: Pixels | None) -> bytes:
     """Return a WebP of a sample as trained, and beside it, if it has a mask, the same under its veil."""
-    look = looks.looks_of(sample)[0]
+    look = looks.look_of(sample, 0)
     seen = images.see(decoded, mask, look, sample.path)
     (width, height), longest = sample.transform.target, max(sample.transform.target)
     size = (width, height)

@@ -30,7 +30,7 @@ SAME_SHAPE_TURNS = (2, 3, 4)  # EXIF orientations that leave width and height as
 
 def of_files(scene: Scene) -> Iterator[Problem]:
     """Yield what is wrong with mask files as they are painted, a file once."""
-    for looked in _each(scene):
+    for looked in scene.looked_once:
         if looked.mask is not None and looked.mask.file is not None:
             yield from _of_file(looked, looked.mask)
 
@@ -193,13 +193,3 @@ def _path(sample: Sample) -> Path:
 
 def _about(sample: Sample) -> tuple[Path, ...]:
     return () if sample.mask.path is None else (sample.path,)
-
-
-def _each(scene: Scene) -> Iterator[Looked]:
-    """Yield what was found of each picture and mask once."""
-    seen = set()
-    for looked in scene.looked:
-        key = (looked.sample.path, looked.sample.mask)
-        if key not in seen:
-            seen.add(key)
-            yield looked

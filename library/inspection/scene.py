@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from library.dataset.config import DatasetConfig
 from library.dataset.problems import Problem
 from library.dataset.scan import Sample, Scan
 from library.inspection.facts import Looked
+from library.masks import MaskSource
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Scene:
     def of_files(self) -> tuple[Sample, ...]:
         """All samples that are files, and not made by a class of the user's."""
         return tuple(sample for sample in self.samples if sample.give is None)
+
+    @property
+    def looked_once(self) -> tuple[Looked, ...]:
+        """What was found of each picture with each mask, once."""
+        once: dict[tuple[Path, MaskSource], Looked] = {}
+        for looked in self.looked:
+            once.setdefault((looked.sample.path, looked.sample.mask), looked)
+        return tuple(once.values())
 
 
 Check = Callable[[Scene], Iterator[Problem]]

@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -14,17 +13,6 @@ from library.dataset.images import ORIENTATION
 from tools.check_dataset import main
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def root_logger():
-    """Leave the process's logging as it was: the command sets it up for itself."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.setLevel(level)
-    for handler in set(root.handlers) - set(handlers):
-        root.removeHandler(handler)
 
 
 @pytest.fixture

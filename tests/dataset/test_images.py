@@ -89,6 +89,15 @@ def test_a_transparent_colour_of_an_rgb_png_is_honoured(tmp_path):
     assert read_image(tmp_path / "a.png", want_alpha=True).alpha.tolist() == [[255, 0]]
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_transparent_value_of_a_grey_of_sixteen_bits_is_honoured(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.array([[0, 1000, 65535]], np.uint16)).save(tmp_path / "a.png", transparency=1000, exif=exif)
+    assert read_image(tmp_path / "a.png", want_alpha=True).alpha.ravel().tolist() == [255, 0, 255]
+    assert read_image(tmp_path / "a.png", want_alpha=False).alpha is None
+
+
 def test_grey_with_alpha_is_honoured(tmp_path):
     save(tmp_path / "a.png", pixels_of(3, 4, 2))
     image = read_image(tmp_path / "a.png", want_alpha=True)

@@ -225,6 +225,13 @@ def test_without_a_cache_each_draw_has_a_place_of_its_own_and_the_same_again(sam
     assert torch.equal(first.masks, again.masks)
 
 
+def test_a_draw_makes_no_place_but_its_own(samples):
+    many = replace(samples[0], subset=replace(samples[0].subset, placement_variants=10**9))
+    assert looks.num_looks(many) == 10**9
+    assert looks.look_of(many, 10**9 - 1).transform.placement is not None
+    assert one(DrawnImages([many], LoaderSettings(seed=1, max_train_steps=10))).masks is not None
+
+
 @pytest.mark.parametrize("to_disk", [False, True])
 def test_a_cache_holds_placement_variants_of_which_each_draw_takes_one(samples, to_disk, tmp_path):
     encoder = StubEncoder()

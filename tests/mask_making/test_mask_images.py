@@ -1,4 +1,3 @@
-import logging
 import os
 import signal
 import subprocess
@@ -20,17 +19,6 @@ from tests.mask_making.tiny_networks import write_network
 from tools.mask_images import main
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def root_logger():
-    """Leave the process's logging as it was: the command sets it up for itself."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.setLevel(level)
-    for handler in set(root.handlers) - set(handlers):
-        root.removeHandler(handler)
 
 
 def save(path: Path, *, width: int = 48, height: int = 32, learnt: int = 24, **settings) -> Path:

@@ -104,6 +104,16 @@ def test_images_with_empty_masks_are_left_out_by_name_where_mask_area_norm_is_on
     assert "mask_area_norm" in line
 
 
+def test_regularisation_images_are_as_many_as_the_images_whose_masks_are_not_empty(argv, tmp_path) -> None:
+    with_alpha(tmp_path, _0=0, _1=0, _2=0)
+    folder = tmp_path / "reg" / "1_animal"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(folder / "only.png")
+    given = ("--alpha_mask", "--mask_area_norm", "1", "--reg_data_dir", str(folder.parent))
+    data = training_data.read(options_of(argv, *given), 64)
+    assert [(sample.is_reg, sample.num_repeats) for sample in data.samples] == [(False, 1), (False, 1), (True, 2)]
+
+
 def test_images_with_empty_masks_stay_without_it_and_are_named(argv, tmp_path, caplog) -> None:
     with_alpha(tmp_path, _0=0, _1=1)
     data = training_data.read(options_of(argv, "--alpha_mask"), 64)
