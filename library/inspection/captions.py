@@ -58,7 +58,7 @@ def naming_the_background(scene: Scene) -> Iterator[Problem]:
     told: set[Path] = set()
     for looked in scene.looked:
         coverage, sample = looked.coverage, looked.sample
-        is_left_out = coverage is not None and coverage.frame < BLACK and 0 < coverage.mean < 1
+        is_left_out = coverage is not None and coverage.frame < BLACK and 0 < coverage.judged < 1
         if is_left_out and sample.mask.kind in MASKED and sample.path not in told:
             told.add(sample.path)
             yield from _naming(sample, [tag for tag in _tags(sample) if BACKGROUND.fullmatch(tag)])

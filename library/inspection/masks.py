@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from library.dataset import looks
 from library.dataset.problems import Joint, Problem, listed
 from library.dataset.scan import Sample
 from library.inspection.facts import Coverage, Looked, MaskFacts
@@ -30,7 +31,7 @@ SAME_SHAPE_TURNS = (2, 3, 4)  # EXIF orientations that leave width and height as
 
 def of_files(scene: Scene) -> Iterator[Problem]:
     """Yield what is wrong with mask files as they are painted, a file once."""
-    for looked in _each(scene):
+    for looked in scene.looked_once:
         if looked.mask is not None and looked.mask.file is not None:
             yield from _of_file(looked, looked.mask)
 
@@ -136,17 +137,17 @@ def _doubt(sample: Sample, mask: MaskFacts, coverage: Coverage) -> tuple[str, st
     """Return code, message and joint of a mask that is empty, full, nearly empty or inverted; the code is else ''."""
     (width, height), resized, name = sample.transform.target, sample.transform.resized, sample.path.name
     everywhere = "everywhere"
-    if resized != (width, height):  # what is cut off may be of another colour
+    if resized != (width, height) and not looks.is_cut_anew(sample):  # what is cut off may be of another colour
         everywhere += f" in the {_kept(sample)}"
     is_alpha = sample.mask.kind == "alpha"
-    if coverage.mean == 0:
+    if coverage.judged == 0:
         code = "alpha-transparent" if is_alpha and mask.most == 0 else "mask-empty"
         joint = "masks are black everywhere, so that nothing of their image is learnt"
         return code, f"is black {everywhere}: nothing of {name} is learnt.", joint
-    if coverage.mean < NEARLY:
+    if coverage.judged < NEARLY:
         joint = f"masks let less than {NEARLY:.0%} of their image through"
-        return "mask-nearly-empty", f"lets only {coverage.mean:.1%} of {name} through.", joint
-    if coverage.mean == 1:
+        return "mask-nearly-empty", f"lets only {coverage.judged:.1%} of {name} through.", joint
+    if coverage.judged == 1:
         code = "alpha-opaque" if is_alpha and mask.least == 255 else "mask-full"
         joint = "masks are white everywhere, as if there were none"
         return code, f"is white {everywhere}: all of {name} is learnt, as without a mask.", joint
@@ -193,13 +194,3 @@ def _path(sample: Sample) -> Path:
 
 def _about(sample: Sample) -> tuple[Path, ...]:
     return () if sample.mask.path is None else (sample.path,)
-
-
-def _each(scene: Scene) -> Iterator[Looked]:
-    """Yield what was found of each picture and mask once."""
-    seen = set()
-    for looked in scene.looked:
-        key = (looked.sample.path, looked.sample.mask)
-        if key not in seen:
-            seen.add(key)
-            yield looked

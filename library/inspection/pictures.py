@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from library.dataset.problems import Problem
-from library.inspection.facts import Looked
 from library.inspection.kinds import found
 from library.inspection.scene import Scene
 
@@ -34,7 +33,7 @@ def too_large(scene: Scene) -> Iterator[Problem]:
 
 def animated(scene: Scene) -> Iterator[Problem]:
     """Yield pictures that move."""
-    for looked in _each(scene):
+    for looked in scene.looked_once:
         if looked.picture and looked.picture.file.num_frames > 1:
             reason = f"is animated: of its {looked.picture.file.num_frames} pictures the first is seen."
             yield found("image-animated", looked.sample.path, reason, joint="pictures are animated")
@@ -42,7 +41,7 @@ def animated(scene: Scene) -> Iterator[Problem]:
 
 def deep(scene: Scene) -> Iterator[Problem]:
     """Yield pictures with more bits than are read."""
-    for looked in _each(scene):
+    for looked in scene.looked_once:
         if looked.picture and looked.picture.file.bits > SHALLOW:
             reason = f"has {looked.picture.file.bits} bits a channel, of which 8 are read."
             yield found("image-16-bit", looked.sample.path, reason, joint="pictures have more than 8 bits a channel")
@@ -50,7 +49,7 @@ def deep(scene: Scene) -> Iterator[Problem]:
 
 def of_print(scene: Scene) -> Iterator[Problem]:
     """Yield pictures in the colours of print."""
-    for looked in _each(scene):
+    for looked in scene.looked_once:
         if looked.picture and looked.picture.file.mode == "CMYK":
             reason = "is in CMYK, which is turned into RGB without its colour profile."
             yield found("image-cmyk", looked.sample.path, reason, joint="pictures are in CMYK")
@@ -58,7 +57,7 @@ def of_print(scene: Scene) -> Iterator[Problem]:
 
 def with_palette(scene: Scene) -> Iterator[Problem]:
     """Yield palette pictures with transparency."""
-    for looked in _each(scene):
+    for looked in scene.looked_once:
         picture = looked.picture
         if picture and picture.file.mode == "P" and picture.alpha is not None:
             reason = "is a palette picture with transparency: 256 colours, and as a rule no half transparent edges."
@@ -67,7 +66,7 @@ def with_palette(scene: Scene) -> Iterator[Problem]:
 
 def unused_transparency(scene: Scene) -> Iterator[Problem]:
     """Yield pictures with transparent parts in subsets that do not use them as masks."""
-    for looked in _each(scene):
+    for looked in scene.looked_once:
         alpha = looked.picture.alpha if looked.picture else None
         if alpha and alpha.least < OPAQUE and not looked.sample.mask.is_given:
             reason = "has transparent parts, which are learnt with whatever colour lies under them."
@@ -77,7 +76,7 @@ def unused_transparency(scene: Scene) -> Iterator[Problem]:
 
 def hidden_pictures(scene: Scene) -> Iterator[Problem]:
     """Yield pictures that go on where they are transparent, and that the model so sees."""
-    for looked in _each(scene):
+    for looked in scene.looked_once:
         sample, alpha = looked.sample, looked.picture.alpha if looked.picture else None
         if alpha is None or sample.mask.kind != "alpha" or "keep" not in sample.subset.mask_fill:
             continue
@@ -85,13 +84,3 @@ def hidden_pictures(scene: Scene) -> Iterator[Problem]:
             reason = f"goes on under its transparency, which is {alpha.hidden:.0%} of it: not learnt, but seen."
             joint = "pictures go on under their transparency: not learnt, but seen"
             yield found("alpha-hidden-picture", sample.path, reason, joint=joint)
-
-
-def _each(scene: Scene) -> Iterator[Looked]:
-    """Yield what was found of each picture with each kind of mask once."""
-    seen = set()
-    for looked in scene.looked:
-        key = (looked.sample.path, looked.sample.mask)
-        if key not in seen:
-            seen.add(key)
-            yield looked

@@ -29,5 +29,13 @@ class Scene:
         """All samples that are files, and not made by a class of the user's."""
         return tuple(sample for sample in self.samples if sample.give is None)
 
+    @property
+    def looked_once(self) -> tuple[Looked, ...]:
+        """What was found of each picture with each of its masks, once."""
+        first: dict[object, Looked] = {}
+        for looked in self.looked:
+            first.setdefault((looked.sample.path, looked.sample.mask), looked)
+        return tuple(first.values())
+
 
 Check = Callable[[Scene], Iterator[Problem]]

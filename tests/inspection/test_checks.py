@@ -1,6 +1,7 @@
 """Checks that look at more than one file, or that need settings of their own; and what training tells of them."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,42 @@ def test_most_of_a_picture_is_cut_away_without_buckets(folder):
     folder.caption("dog", "a dog")
     ellipse((640, 160)).save(folder.masks / "dog.png")
     assert found(config(folder)) == [("image-cut", "dog.png")]
+
+
+@pytest.mark.parametrize("settings", ["random_crop = true", "random_placement = true"])
+def test_what_each_draw_cuts_elsewhere_is_not_told_to_be_cut_away(settings, folder):
+    scene("dog", (640, 160)).save(folder.images / "dog.png")
+    folder.caption("dog", "a dog")
+    mask = np.zeros((160, 640), np.uint8)
+    mask[20:140, 20:120] = 255
+    Image.fromarray(mask).save(folder.masks / "dog.png")
+    assert found(config(folder)) == [("mask-cut-away", "dog.png")]
+    assert found(config(folder, settings)) == []
+
+
+def test_a_mask_that_is_wrong_altogether_is_told_of_a_placed_picture_too(folder):
+    for stem, grey in (("ant", 0), ("bee", 255)):
+        Image.fromarray(np.full((128, 160), grey, np.uint8)).save(folder.masks / f"{stem}.png")
+    settings = "random_placement = true\nplacement_scale = [0.3, 0.3]"
+    assert found(config(folder, settings)) == [("mask-empty", "ant.png"), ("mask-full", "bee.png")]
+
+
+def test_the_background_of_a_placed_picture_is_not_the_canvas_around_it(folder):
+    Image.fromarray(np.full((128, 160), 254, np.uint8)).save(folder.masks / "ant.png")
+    folder.caption("ant", "an ant, white background")
+    assert found(config(folder, "random_placement = true\nplacement_scale = [0.5, 0.5]")) == []
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_it_may_be(folder):
+    try:
+        odd = folder.images / os.fsdecode(b"caf\xe9.png")
+        scene("dog").save(odd)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    page = folder.images.parent / "page.html"
+    problems = found(config(folder, 'missing_mask = "skip"'), "--html", str(page))
+    assert ("mask-missing", odd.name) in problems
+    assert "caf\\udce9.png" in page.read_text(encoding="utf-8")
 
 
 def test_masked_loss_without_masks_is_an_error_with_its_code(folder, tmp_path):
