@@ -163,7 +163,7 @@ def _coverage(sample: Sample, mask: Pixels | None, target: Path | None) -> Cover
         weights = judged = to_array(shrink(cut))
         strokes = measuring.strokes(cut, weights, transform)
         if looks.is_cut_anew(sample):
-            judged = mask.astype(np.float32) / 255
+            judged = np.asarray(mask / np.float32(255))
         else:
             lost = measuring.lost(mask, cut, transform)
     if target is not None:
