@@ -142,6 +142,17 @@ def test_a_name_that_is_not_utf_8_is_written_as_it_may_be(folder):
     assert "caf\\udce9.png" in page.read_text(encoding="utf-8")
 
 
+def test_of_many_warnings_of_a_kind_some_are_printed(folder, capsys):
+    for number in range(check_dataset.MOST_WARNINGS + 5):
+        folder.good(f"dog{number}")
+        folder.caption(f"dog{number}", "a dog, watermark")
+    assert check_dataset.main(["--dataset_config", str(config(folder))]) == 0
+    printed = capsys.readouterr().out
+    assert f"0 errors, {check_dataset.MOST_WARNINGS + 5} warnings" in printed
+    assert printed.count("its caption names") == check_dataset.MOST_WARNINGS
+    assert "warning: 5 more of this kind, which --json lists [caption-names-masked]" in printed
+
+
 def test_masked_loss_without_masks_is_an_error_with_its_code(folder, tmp_path):
     path = tmp_path / "bare.toml"
     head = "[[datasets]]\nresolution = [160, 128]\ncaption_extension = '.txt'\n"
