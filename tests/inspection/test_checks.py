@@ -84,6 +84,14 @@ def test_a_tag_that_is_dropped_with_its_mask_is_not_told_of(folder):
     assert found(config(folder, "mask_drop_tags = ['watermark']")) == []
 
 
+def test_a_word_in_a_sentence_is_told_without_advice_to_drop_the_sentence(folder, capsys):
+    folder.caption("ant", "an ant on a leaf beside a small watermark of the shop")
+    assert found(config(folder)) == [("caption-names-masked", "ant.png")]
+    printed = capsys.readouterr().out
+    assert 'its caption names "watermark", which is learnt nowhere if the mask leaves it out. Take it out' in printed
+    assert "mask_drop_tags" not in printed
+
+
 def test_a_tag_of_the_background_is_told_of_where_the_mask_leaves_the_border_out(folder):
     folder.caption("bee", "a bee, grey background")
     assert found(config(folder)) == [("caption-names-masked", "bee.png")]
