@@ -205,6 +205,24 @@ def warnings_of_training(path: Path, caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
+@pytest.mark.parametrize("place", ["beside", "within"])
+def test_a_folder_that_may_not_be_looked_into_stops_nobody(place, folder, monkeypatch):
+    """Such as lost+found, where the pictures lie at the top of a disk of their own."""
+    closed = folder.images.parent if place == "beside" else folder.images / "lost+found"
+    closed.mkdir(exist_ok=True)
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(closed))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    path = folder.images.parent / "dataset.toml"
+    path.write_text("[[datasets]]\nresolution = [160, 128]\n" + subset(folder.images, "caption_extension = '.txt'"))
+    assert check_dataset.main(["--dataset_config", str(path)]) == 0
+
+
 def test_training_tells_what_is_found_without_a_look_at_the_pixels(folder, caplog):
     folder.caption("bee", "a bee, watermark")
     folder.caption("cow", "a cow, signature")
