@@ -9,6 +9,7 @@ It takes the options of training; a training command line or its --config_file c
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ SHOWN = ("dataset", "captions", "masks", "validation")  # groups in --help
 BUCKET_STEP_MULTIPLE = 64  # of SD 1.x and 2.x
 WRITTEN = ("json", "masks", "contact_sheet", "html")  # flags that name what is written
 SEVERITIES = ("error", "warning", "note")
+MOST_WARNINGS = 20  # of a kind that are told one by one
 
 
 def add_own(parser: Parser) -> None:
@@ -92,15 +94,20 @@ def check(read: CommandLine) -> int:
 
 
 def tell(problems: Sequence[Problem]) -> None:
-    """Print all problems, the worst first; of notes a line for each kind."""
+    """Print all problems, the worst first; of many warnings of a kind some, of notes a line for each kind."""
     from library.dataset.problems import joint_messages
 
     counts = {severity: sum(each.severity == severity for each in problems) for severity in SEVERITIES}
     more = f", {counts['note']} notes" if counts["note"] else ""
     print(f"problems: {counts['error']} errors, {counts['warning']} warnings{more}")
+    told: Counter[str] = Counter()
     for problem in sorted(problems, key=lambda each: SEVERITIES.index(each.severity)):
-        if problem.severity != "note":
+        told[problem.code] += problem.severity == "warning"
+        if problem.severity != "note" and told[problem.code] <= MOST_WARNINGS:
             print(f"  {problem.severity}: {problem.message} [{problem.code}]")
+    for code, count in told.items():
+        if count > MOST_WARNINGS:
+            print(f"  warning: {count - MOST_WARNINGS} more of this kind, which --json lists [{code}]")
     notes_by_code: dict[str, list[Problem]] = {}
     for problem in problems:
         if problem.severity == "note":

@@ -75,11 +75,12 @@ def read(argv: Sequence[str]) -> Command:
         raise OptionError(f"{argument!r} belongs to no option. Put names with spaces in quotes.")
     given = vars(namespace)
     pictures = Path(given.pop("image_dir"))
+    beside = pictures.resolve() if pictures.name == ".." else pictures.absolute()
     masks = given.pop("mask_dir")
     values = {name: convert(known[name], raw, known[name].flag) for name, raw in given.items()}
     return Command(
         image_dir=pictures,
-        mask_dir=Path(masks) if masks else Path(f"{pictures.absolute()}{ENDING}"),
+        mask_dir=Path(masks) if masks else Path(f"{beside}{ENDING}"),
         source=build(SourceOptions, values),
         finish=build(FinishOptions, values),
         write=build(WriteOptions, values),

@@ -170,7 +170,9 @@ def pad(options: PadOptions) -> None:
     done = files.read_all(make, copies, label="padding")
     errors = [each for each in done if isinstance(each, DataError)]
     num_made = sum(each is True for each in done)
-    log.info("%s: %d copies of %d pictures made, %d were there", output, num_made, len(originals), done.count(False))
+    num_kept = done.count(False)
+    kept = " and stay as they are: --overwrite makes them again" if num_kept else ""
+    log.info("%s: %d copies of %d pictures made, %d were there%s", output, num_made, len(originals), num_kept, kept)
     if errors:
         more = f" ({len(errors) - 1} more copies failed)" if errors[1:] else ""
         raise DataError(f"{errors[0]}{more}")

@@ -59,8 +59,8 @@ def no_images(subset: SubsetConfig) -> Problem:
 
 def folders_of_images(folder: Path) -> list[Path]:
     """Return the folders directly within a folder in which images lie, by name; hidden ones are not looked at."""
-    inner = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-    return [each for each in inner if files.list_images(each)]
+    inner = [each for each in files.list_folders(folder) if not each.name.startswith(".")]
+    return [each for each in inner if files.images_if_readable(each)]
 
 
 def missing_captions(without: Sequence[Path], num_images: int, subset: SubsetConfig) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -71,6 +72,24 @@ def list_images(folder: Path) -> list[Path]:
             if entry.name.lower().endswith(extensions) and not entry.name.startswith(".") and entry.is_file()
         )
     return [folder / name for name in names]
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """Return the folders within a folder, sorted by name; none of a folder that may not be listed."""
+    names = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # a link that leads where nobody may look
+                names += [entry.name] if entry.is_dir() else []
+    return [folder / name for name in sorted(names)]
+
+
+def images_if_readable(folder: Path) -> list[Path]:
+    """Return the image files in a folder that nobody has asked for; none where it may not be listed."""
+    try:
+        return list_images(folder)
+    except (OSError, DataError):
+        return []
 
 
 def read_header(path: Path) -> Header:

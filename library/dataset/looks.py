@@ -48,6 +48,12 @@ def fill_of(sample: Sample, number: int) -> Fill:
     return fills[number % len(fills)]
 
 
+def is_cut_anew(sample: Sample) -> bool:
+    """Return whether each draw may show another part of a sample, so that one cut does not stand for all."""
+    subset = sample.subset
+    return subset.random_crop or subset.random_placement or subset.face_crop_aug_range is not None
+
+
 def _placed(sample: Sample, number: int) -> Transform:
     """Return one of the placements that a cache holds: whatever run it is made in, the same."""
     rng = random.Random(f"placement {seed_of(sample.path)} {number}")

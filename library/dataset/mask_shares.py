@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from library.dataset import images, shares
+from library.dataset import images, looks, shares
 from library.dataset.problems import listed
 from library.dataset.scan import Sample, Scan
 from library.dataset.weighing import Cells
@@ -55,9 +55,19 @@ def decoded(samples: Sequence[Sample], *, label: str | None = None) -> list[Mask
     """
     masked = [samples[index] for index in masked_once(samples)]
     with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
-        found = pool.map(lambda sample: of_cells(sample, images.read_mask_weights(sample)), masked)
+        found = pool.map(_decoded, masked)
         shown = found if label is None else progress(found, label=label, total=len(masked), unit=" masks")
         return [share for share in shown if share is not None]
+
+
+def _decoded(sample: Sample) -> MaskShare | None:
+    """Return what the mask of a sample lets through; of one that is cut elsewhere at each draw, in the middle."""
+    share = of_cells(sample, images.read_mask_weights(sample))
+    if share is None or not (share.is_empty and looks.is_cut_anew(sample)):
+        return share
+    image, shown, _ = images.of_sample(sample)  # other cuts may show what the middle does not
+    whole = images.mask_of(image, shown.mask, shown.transform.source)
+    return replace(share, is_empty=whole is None or not whole.any())
 
 
 def masked_once(samples: Sequence[Sample]) -> list[int]:

@@ -21,6 +21,7 @@ OVERLAID = re.compile(  # what people paint out of pictures
 WHOLE = re.compile(r"(\w+ )?(text|border|frame)", re.IGNORECASE)  # only as a tag: a sentence may speak of others
 BACKGROUND = re.compile(r"(\w+ )?background", re.IGNORECASE)
 GARBLED = re.compile("\ufffd|Ã[\u0080-\u00bf©¤¶¼ŸŒž]|â€|ã‚|ãƒ|ï»¿")  # UTF-8 that was read as Latin-1 or cp1252
+MOST_WORDS = 5  # of a tag: more are a sentence, which mask_drop_tags would leave out whole
 BLACK = 0.05  # weight of a border that is masked out
 
 
@@ -58,7 +59,7 @@ def naming_the_background(scene: Scene) -> Iterator[Problem]:
     told: set[Path] = set()
     for looked in scene.looked:
         coverage, sample = looked.coverage, looked.sample
-        is_left_out = coverage is not None and coverage.frame < BLACK and 0 < coverage.mean < 1
+        is_left_out = coverage is not None and coverage.frame < BLACK and 0 < coverage.judged < 1
         if is_left_out and sample.mask.kind in MASKED and sample.path not in told:
             told.add(sample.path)
             yield from _naming(sample, [tag for tag in _tags(sample) if BACKGROUND.fullmatch(tag)])
@@ -69,9 +70,11 @@ def _naming(sample: Sample, tags: list[str]) -> Iterator[Problem]:
     tags = [tag for tag in dict.fromkeys(tags) if tag.casefold() not in dropped]
     if not tags:
         return
-    quoted = ", ".join(f'"{tag}"' for tag in tags)
-    remedy = f"Set mask_drop_tags = [{quoted}] in the subset, or take it out."
-    reason = f'its caption names "{listed(tags)}", which is learnt nowhere if the mask leaves it out.'
+    short = [tag for tag in tags if len(tag.split()) <= MOST_WORDS]
+    quoted = ", ".join(f'"{tag}"' for tag in short)
+    remedy = f"Set mask_drop_tags = [{quoted}] in the subset, or take it out." if short else "Take it out of the text."
+    named = short + [match[0] for tag in tags if tag not in short and (match := OVERLAID.search(tag))]
+    reason = f'its caption names "{listed(named)}", which is learnt nowhere if the mask leaves it out.'
     joint = "captions of masked images name what masks leave out, like watermarks"
     yield found("caption-names-masked", sample.path, reason, remedy=remedy, joint=joint)
 
@@ -82,7 +85,7 @@ def _tags(sample: Sample) -> list[str]:
 
 
 def _each(scene: Scene) -> Iterator[Sample]:
-    """Yield the samples of files, each image once for a subset's settings."""
+    """Yield the samples of files, each image once."""
     seen = set()
     for sample in scene.of_files:
         if sample.path not in seen:

@@ -154,21 +154,25 @@ def _mask(sample: Sample, decoded: Decoded | None, problems: list[Problem]) -> t
 
 def _coverage(sample: Sample, mask: Pixels | None, target: Path | None) -> Coverage:
     """Return what a mask lets through at latent size, and write the weights. Raises: DataError if that fails."""
-    transform = sample.transform
+    transform = looks.first_of(sample).transform
     lost, strokes = 0.0, None
     if mask is None:
-        width, height = transform.target
-        weights = np.ones((height // CELL, width // CELL), np.float32)
+        weights = judged = to_array(shrink(geometry.coverage(transform)))
     else:
         cut = geometry.apply(transform, mask)
-        weights = to_array(shrink(cut))
-        lost, strokes = measuring.lost(mask, cut, transform), measuring.strokes(cut, weights, transform)
+        weights = judged = to_array(shrink(cut))
+        strokes = measuring.strokes(cut, weights, transform)
+        if looks.is_cut_anew(sample):
+            judged = np.asarray(mask / np.float32(255))
+        else:
+            lost = measuring.lost(mask, cut, transform)
     if target is not None:
         try:
             np.save(target, weights)
         except OSError as error:
             raise DataError(f"{target}: cannot be written ({error.strerror or error}).") from None
-    return Coverage(float(weights.mean()), *_centre_and_frame(weights), target, lost, strokes)
+    mean = float(weights.mean())
+    return Coverage(mean, float(judged.mean()), *_centre_and_frame(judged), target, lost, strokes)
 
 
 def _centre_and_frame(weights: measuring.Weights) -> tuple[float, float]:

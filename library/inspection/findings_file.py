@@ -84,6 +84,7 @@ def write_json(content: Mapping[str, Sequence[Any]], path: Path) -> None:
         parts.append(f' "{name}": [\n  {rows}\n ]' if entries else f' "{name}": []')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+        # a name that is not UTF-8 is written as JSON escapes it
+        path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}).") from None

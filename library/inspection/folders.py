@@ -7,7 +7,7 @@ from pathlib import Path
 
 from library.dataset.config import SubsetConfig
 from library.dataset.faults import folders_of_images
-from library.dataset.files import image_extensions, list_images
+from library.dataset.files import image_extensions, images_if_readable, list_folders, list_images
 from library.dataset.problems import Problem, listed
 from library.inspection.kinds import found
 from library.inspection.scene import Scene
@@ -102,7 +102,7 @@ def unused_masks(scene: Scene) -> Iterator[Problem]:
             continue
         stems = {path.stem for path in list_images(subset.image_dir)}
         for folder in _candidates(subset):
-            if folder.resolve() not in named and stems & {path.stem for path in list_images(folder)}:
+            if folder.resolve() not in named and stems & {path.stem for path in images_if_readable(folder)}:
                 reason = f"looks like the masks of {subset.image_dir}, and no subset names it: all is learnt."
                 if subset.alpha_mask:
                     reason = f"looks like the masks of {subset.image_dir}, and no subset names it."
@@ -113,9 +113,7 @@ def unused_masks(scene: Scene) -> Iterator[Problem]:
 
 def _candidates(subset: SubsetConfig) -> list[Path]:
     """Return the folders whose names say that they hold the masks of a subset."""
-    folders = sorted(
-        each for each in (*subset.image_dir.parent.iterdir(), *subset.image_dir.iterdir()) if each.is_dir()
-    )
+    folders = sorted([*list_folders(subset.image_dir.parent), *list_folders(subset.image_dir)])
     return [each for each in folders if _is_for_masks(each, subset)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from library.dataset import looks
 from library.dataset.problems import Joint, Problem, listed
 from library.dataset.scan import Sample
 from library.inspection.facts import Coverage, Looked, MaskFacts
@@ -136,17 +137,17 @@ def _doubt(sample: Sample, mask: MaskFacts, coverage: Coverage) -> tuple[str, st
     """Return code, message and joint of a mask that is empty, full, nearly empty or inverted; the code is else ''."""
     (width, height), resized, name = sample.transform.target, sample.transform.resized, sample.path.name
     everywhere = "everywhere"
-    if resized != (width, height):  # what is cut off may be of another colour
+    if resized != (width, height) and not looks.is_cut_anew(sample):  # what is cut off may be of another colour
         everywhere += f" in the {_kept(sample)}"
     is_alpha = sample.mask.kind == "alpha"
-    if coverage.mean == 0:
+    if coverage.judged == 0:
         code = "alpha-transparent" if is_alpha and mask.most == 0 else "mask-empty"
         joint = "masks are black everywhere, so that nothing of their image is learnt"
         return code, f"is black {everywhere}: nothing of {name} is learnt.", joint
-    if coverage.mean < NEARLY:
+    if coverage.judged < NEARLY:
         joint = f"masks let less than {NEARLY:.0%} of their image through"
-        return "mask-nearly-empty", f"lets only {coverage.mean:.1%} of {name} through.", joint
-    if coverage.mean == 1:
+        return "mask-nearly-empty", f"lets only {coverage.judged:.1%} of {name} through.", joint
+    if coverage.judged == 1:
         code = "alpha-opaque" if is_alpha and mask.least == 255 else "mask-full"
         joint = "masks are white everywhere, as if there were none"
         return code, f"is white {everywhere}: all of {name} is learnt, as without a mask.", joint

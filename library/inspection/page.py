@@ -62,7 +62,7 @@ def write_page(path: Path, title: str, scene: Scene, problems: Sequence[Problem]
     page = document(f"{title} – dataset report", top + _verdict(problems), sections, DATASET_STYLE)
     try:
         with whole_file(path) as partial:
-            partial.write_text(page, encoding="utf-8")
+            partial.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may not be UTF-8
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}).") from None
 

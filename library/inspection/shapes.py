@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from library.dataset import looks
 from library.dataset.plan import group_by_bucket
 from library.dataset.problems import Problem
 from library.dataset.scan import Sample
@@ -25,7 +26,7 @@ def turned(scene: Scene) -> Iterator[Problem]:
 
 def enlarged(scene: Scene) -> Iterator[Problem]:
     """Yield pictures that are enlarged a lot to fill their bucket."""
-    for sample in _each(scene):
+    for sample in _filling(scene):
         transform = sample.transform
         scale = transform.resized[0] / transform.source[0]
         if scale >= ENLARGED and _aspect(sample) <= EXTREME:
@@ -36,7 +37,7 @@ def enlarged(scene: Scene) -> Iterator[Problem]:
 
 def extreme(scene: Scene) -> Iterator[Problem]:
     """Yield pictures much longer in one direction than in the other."""
-    for sample in _each(scene):
+    for sample in _filling(scene):
         if _aspect(sample) > EXTREME:
             width, height = sample.transform.source
             reason = f"is {width}x{height}, {_aspect(sample):.1f} to 1. {share_cut(sample):.0%} is cut away."
@@ -44,9 +45,9 @@ def extreme(scene: Scene) -> Iterator[Problem]:
 
 
 def cut(scene: Scene) -> Iterator[Problem]:
-    """Yield pictures of which most is cut away."""
-    for sample in _each(scene):
-        share = share_cut(sample)
+    """Yield pictures of which most is cut away; where each draw may show another part, none."""
+    for sample in _filling(scene):
+        share = 0.0 if looks.is_cut_anew(sample) else share_cut(sample)
         if share > MOST_CUT and _aspect(sample) <= EXTREME:
             target = "{}x{}".format(*sample.transform.target)
             reason = f"{share:.0%} of it is cut away to fit into {target}."
@@ -76,6 +77,11 @@ def share_cut(sample: Sample) -> float:
     """Return the share of a picture that its bucket does not show."""
     (width, height), (resized_width, resized_height) = sample.transform.target, sample.transform.resized
     return max(0.0, 1 - width * height / (resized_width * resized_height))
+
+
+def _filling(scene: Scene) -> Iterator[Sample]:
+    """Yield those that fill their bucket, whereas placed ones are shown whole, or at a scale that is asked for."""
+    yield from (sample for sample in _each(scene) if not sample.subset.random_placement)
 
 
 def _each(scene: Scene) -> Iterator[Sample]:

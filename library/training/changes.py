@@ -17,6 +17,7 @@ from library.training import optimizers, schedules
 
 if TYPE_CHECKING:
     from library.dataset.config import DatasetConfig, SubsetConfig
+    from library.dataset.geometry import Transform
     from library.dataset.scan import Sample
     from library.training.state import Manifest
 
@@ -37,8 +38,9 @@ FREE_TO_CHANGE = {
     "blocks_to_swap", "save_clip", "save_t5xxl", "t5xxl_device",
     "dataset_config", "train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir",  # what is in them is told
 }  # fmt: skip
-# How the names of settings begin that came later: at their defaults they are not part of what a state is compared by.
-ADDED = ("mask_", "unmasked_probability", "random_placement", "placement_")
+# How the names of settings, and of parts of a transform, begin that came later: at their defaults they are not part of
+# what a state is compared by.
+ADDED = ("mask_", "unmasked_probability", "random_placement", "placement", "reach")
 PARTS_OF_A_DATASET = ("images and masks", "captions", "settings")
 
 
@@ -69,7 +71,7 @@ def fingerprint(configs: Sequence[DatasetConfig], samples: Iterable[Sample]) -> 
     for sample in samples:
         files = [sample.path, *([sample.mask.path] if sample.mask.path else [])]
         sizes = [_size(path) for path in files]
-        where = f"{sample.path.parent.name}/{sample.path.name} {sample.num_repeats} {sample.transform}"
+        where = f"{sample.path.parent.name}/{sample.path.name} {sample.num_repeats} {_record(sample.transform)}"
         images.update(f"{where} {sample.mask.kind} {sizes}\n".encode("utf-8", "surrogateescape"))
         captions.update(f"{sample.captions}\n".encode("utf-8", "backslashreplace"))
     for config in configs:
@@ -86,11 +88,12 @@ def _in_words(config: DatasetConfig) -> str:
     return f"{type(config).__name__}({', '.join(f'{name}={value}' for name, value in values.items())})"
 
 
-def _record(subset: SubsetConfig) -> str:
-    values = {each.name: getattr(subset, each.name) for each in fields(subset)}
-    defaults = {each.name: each.default for each in fields(subset)}
+def _record(record: SubsetConfig | Transform) -> str:
+    """Return a record as earlier versions wrote it."""
+    values = {each.name: getattr(record, each.name) for each in fields(record)}
+    defaults = {each.name: each.default for each in fields(record)}
     told = [f"{k}={v!r}" for k, v in values.items() if not (k.startswith(ADDED) and v == defaults[k])]
-    return f"{type(subset).__name__}({', '.join(told)})"
+    return f"{type(record).__name__}({', '.join(told)})"
 
 
 def _size(path: Path) -> int:

@@ -77,7 +77,7 @@ def write_report(path: Path, data: ReportData) -> Path:
     ]
     page = document(f"{data.title} – training report", _header(data), sections)
     with saved_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may not be UTF-8
     log.info("report: %s (%.1f MB)", path, path.stat().st_size / 1e6)
     return path
 

@@ -130,7 +130,7 @@ def tell_masks(data: Data, store: LatentStore | None) -> MaskFacts:
     mean = mean_share(shares)
     line = summary.mask_line(data.all_samples, mean_weight=mean)
     log.info("%s", line)
-    if mean == 0:
+    if mean == 0 and all(each.is_empty for each in shares):
         log.warning("the masks are black everywhere: nothing of their images is learnt. Are they inverted?")
     else:
         empty = [share for share in shares if share.is_empty and not share.sample.subset.mask_weight_min]

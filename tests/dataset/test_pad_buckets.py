@@ -183,7 +183,7 @@ def test_copies_that_are_whole_are_not_made_again(tree, caplog):
     assert (tree / "out" / "2_cats" / "b.png").stat().st_mtime_ns == before
     assert made["a.png"] == whole
     assert made["a.txt"] == b"a new caption"
-    assert "2 copies of 3 pictures made, 1 were there" in caplog.text
+    assert "2 copies of 3 pictures made, 1 were there and stay as they are: --overwrite makes them again" in caplog.text
     pad(tree, *with_masks(tree), "--overwrite")
     assert "3 copies of 3 pictures made, 0 were there" in caplog.text
 

@@ -1,6 +1,7 @@
 """Checks that look at more than one file, or that need settings of their own; and what training tells of them."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,14 @@ def test_a_tag_that_is_dropped_with_its_mask_is_not_told_of(folder):
     assert found(config(folder, "mask_drop_tags = ['watermark']")) == []
 
 
+def test_a_word_in_a_sentence_is_told_without_advice_to_drop_the_sentence(folder, capsys):
+    folder.caption("ant", "an ant on a leaf beside a small watermark of the shop")
+    assert found(config(folder)) == [("caption-names-masked", "ant.png")]
+    printed = capsys.readouterr().out
+    assert 'its caption names "watermark", which is learnt nowhere if the mask leaves it out. Take it out' in printed
+    assert "mask_drop_tags" not in printed
+
+
 def test_a_tag_of_the_background_is_told_of_where_the_mask_leaves_the_border_out(folder):
     folder.caption("bee", "a bee, grey background")
     assert found(config(folder)) == [("caption-names-masked", "bee.png")]
@@ -103,6 +112,53 @@ def test_most_of_a_picture_is_cut_away_without_buckets(folder):
     folder.caption("dog", "a dog")
     ellipse((640, 160)).save(folder.masks / "dog.png")
     assert found(config(folder)) == [("image-cut", "dog.png")]
+
+
+@pytest.mark.parametrize("settings", ["random_crop = true", "random_placement = true"])
+def test_what_each_draw_cuts_elsewhere_is_not_told_to_be_cut_away(settings, folder):
+    scene("dog", (640, 160)).save(folder.images / "dog.png")
+    folder.caption("dog", "a dog")
+    mask = np.zeros((160, 640), np.uint8)
+    mask[20:140, 20:120] = 255
+    Image.fromarray(mask).save(folder.masks / "dog.png")
+    assert found(config(folder)) == [("mask-cut-away", "dog.png")]
+    assert found(config(folder, settings)) == []
+
+
+def test_a_mask_that_is_wrong_altogether_is_told_of_a_placed_picture_too(folder):
+    for stem, grey in (("ant", 0), ("bee", 255)):
+        Image.fromarray(np.full((128, 160), grey, np.uint8)).save(folder.masks / f"{stem}.png")
+    settings = "random_placement = true\nplacement_scale = [0.3, 0.3]"
+    assert found(config(folder, settings)) == [("mask-empty", "ant.png"), ("mask-full", "bee.png")]
+
+
+def test_the_background_of_a_placed_picture_is_not_the_canvas_around_it(folder):
+    Image.fromarray(np.full((128, 160), 254, np.uint8)).save(folder.masks / "ant.png")
+    folder.caption("ant", "an ant, white background")
+    assert found(config(folder, "random_placement = true\nplacement_scale = [0.5, 0.5]")) == []
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_it_may_be(folder):
+    try:
+        odd = folder.images / os.fsdecode(b"caf\xe9.png")
+        scene("dog").save(odd)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    page = folder.images.parent / "page.html"
+    problems = found(config(folder, 'missing_mask = "skip"'), "--html", str(page))
+    assert ("mask-missing", odd.name) in problems
+    assert "caf\\udce9.png" in page.read_text(encoding="utf-8")
+
+
+def test_of_many_warnings_of_a_kind_some_are_printed(folder, capsys):
+    for number in range(check_dataset.MOST_WARNINGS + 5):
+        folder.good(f"dog{number}")
+        folder.caption(f"dog{number}", "a dog, watermark")
+    assert check_dataset.main(["--dataset_config", str(config(folder))]) == 0
+    printed = capsys.readouterr().out
+    assert f"0 errors, {check_dataset.MOST_WARNINGS + 5} warnings" in printed
+    assert printed.count("its caption names") == check_dataset.MOST_WARNINGS
+    assert "warning: 5 more of this kind, which --json lists [caption-names-masked]" in printed
 
 
 def test_masked_loss_without_masks_is_an_error_with_its_code(folder, tmp_path):
@@ -147,6 +203,24 @@ def warnings_of_training(path: Path, caplog) -> list[str]:
     caplog.clear()
     training_data.read(options, 64)
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("place", ["beside", "within"])
+def test_a_folder_that_may_not_be_looked_into_stops_nobody(place, folder, monkeypatch):
+    """Such as lost+found, where the pictures lie at the top of a disk of their own."""
+    closed = folder.images.parent if place == "beside" else folder.images / "lost+found"
+    closed.mkdir(exist_ok=True)
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(closed))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    path = folder.images.parent / "dataset.toml"
+    path.write_text("[[datasets]]\nresolution = [160, 128]\n" + subset(folder.images, "caption_extension = '.txt'"))
+    assert check_dataset.main(["--dataset_config", str(path)]) == 0
 
 
 def test_training_tells_what_is_found_without_a_look_at_the_pixels(folder, caplog):

@@ -67,6 +67,12 @@ def test_masks_go_beside_the_pictures_if_no_folder_is_named(pictures, tmp_path):
     assert len(tree(tmp_path / "pictures_mask")) == 3
 
 
+def test_masks_of_a_folder_named_by_two_dots_go_beside_it(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures / "sub")
+    assert run("..", "--from_alpha") == 0
+    assert len(tree(tmp_path / "pictures_mask")) == 3
+
+
 def test_training_finds_every_mask_that_was_made(pictures, tmp_path):
     masks = tmp_path / "masks"
     save(pictures / "turned.jpg", exif=exif_of(6))

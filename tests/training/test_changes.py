@@ -7,8 +7,11 @@ import pytest
 from PIL import Image
 
 from library.dataset.config import DatasetConfig, SubsetConfig
-from library.dataset.scan import scan
+from library.dataset.geometry import Transform
+from library.dataset.placement import Placement
+from library.dataset.scan import Sample, scan
 from library.errors import CheckpointError
+from library.masks import MaskSource
 from library.options import Options
 from library.options.groups import build_all
 from library.training import changes
@@ -141,6 +144,16 @@ def test_a_state_from_before_masks_had_settings_is_still_of_the_same_data_set() 
     written = changes.fingerprint([DatasetConfig((64, 64), (one, reg), batch_size=2)], []).split("-")[2]
     assert written == "d438b6e4bcc1373e"  # by the version before them
     assert changes.fingerprint([DatasetConfig((64, 64), (one,))], []).split("-")[2] == "8aa95730f4fc3d5d"
+
+
+def test_a_state_from_before_pictures_were_placed_is_still_of_the_same_images() -> None:
+    cut = Transform((100, 80), (80, 64), (8, 0), (64, 64))
+    mask = MaskSource("file", Path("m/a.png"))
+    sample = Sample(Path("photos/a.png"), ("a",), SubsetConfig(Path("photos")), 0, False, 2, 1, cut, mask)
+    written = changes.fingerprint([], [sample]).split("-")[0]
+    assert written == "616eb1a0d8d4707d"  # by the version before
+    for other in (replace(cut, placement=Placement()), replace(cut, reach=(0, 0, 9, 0))):
+        assert changes.fingerprint([], [replace(sample, transform=other)]).split("-")[0] != written
 
 
 @pytest.mark.parametrize(

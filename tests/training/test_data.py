@@ -125,6 +125,18 @@ def test_images_with_empty_masks_stay_without_it_and_are_named(argv, tmp_path, c
     assert "Nothing is learnt there" in line
 
 
+def test_a_mask_that_only_other_cuts_of_random_crop_show_is_not_empty(argv, tmp_path, caplog) -> None:
+    pixels = np.full((64, 256, 4), 255, np.uint8)
+    pixels[:, 64:, 3] = 0
+    Image.fromarray(pixels).save(next(tmp_path.rglob("0.png")))
+    more = ("--alpha_mask", "--random_crop", "--mask_area_norm", "1")
+    data = training_data.read(options_of(argv, *more), 64)
+    reporting.tell_masks(data, None)
+    assert "0.png" in {sample.path.name for sample in data.samples}
+    assert "nothing white" not in caplog.text
+    assert "black everywhere" not in caplog.text
+
+
 def test_a_data_set_of_empty_masks_alone_is_an_error_with_mask_area_norm(argv, tmp_path) -> None:
     with_alpha(tmp_path, _0=0, _1=0, _2=0, _3=0, _4=0)
     with pytest.raises(OptionError, match="no image to train on: every one was left out"):

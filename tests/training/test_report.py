@@ -268,6 +268,12 @@ def test_each_image_has_a_bar_for_its_share_of_weight_the_lowest_first(tmp_path:
         assert told in page.text
 
 
+def test_a_name_that_is_not_utf_8_ends_no_run(tmp_path: Path) -> None:
+    shares = [("caf\udce9.png", 0.5)]  # as Python reads a name in Latin-1
+    page = read(write_report(tmp_path / "r.html", ReportData("lora", [], mask_shares=shares)))
+    assert "caf\\udce9.png" in page.text
+
+
 def test_of_many_images_some_bars_from_the_lowest_to_the_highest_are_shown(tmp_path: Path) -> None:
     shares = [(f"{i}.png", i / 1000) for i in range(1001)]
     page = read(write_report(tmp_path / "r.html", ReportData("lora", [], mask_shares=shares)))
