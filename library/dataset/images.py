@@ -94,6 +94,7 @@ def decode(data: bytes, path: Path, *, want_alpha: bool) -> Decoded:
         return _decode_plain_png(data, path, want_alpha)
     try:
         with Image.open(io.BytesIO(data)) as file:
+            _widen_key(file, data)
             image = _upright(file)
             if image.mode.startswith("I") or image.mode == "F":
                 grey = _grey_8_bit(image, path)
@@ -159,6 +160,15 @@ def _grey_8_bit(image: Image.Image, path: Path) -> Pixels:
         raise DataError(f"{path}: has floating-point pixels. Save it with 8 or 16 bits a channel.")
     values = np.asarray(image).astype(np.int64)
     return ((values + 128) // 257).clip(0, 255).astype(np.uint8)  # 65535 = 255 * 257
+
+
+def _widen_key(file: Image.Image, data: bytes) -> None:
+    """Bring the transparent value of a grey PNG of 2 or 4 bits to the 8 bits to which Pillow brings its pixels."""
+    if data[:8] != PNG_SIGNATURE or data[24] not in (2, 4) or data[25] != 0:  # bit depth, colour type
+        return
+    most, key = 2 ** data[24] - 1, file.info.get("transparency")
+    if isinstance(key, int) and key <= most:  # not yet brought
+        file.info["transparency"] = key * (255 // most)
 
 
 def _alpha_of_grey(image: Image.Image) -> Pixels | None:

@@ -154,7 +154,7 @@ def _mask(sample: Sample, decoded: Decoded | None, problems: list[Problem]) -> t
 
 def _coverage(sample: Sample, mask: Pixels | None, target: Path | None) -> Coverage:
     """Return what a mask lets through at latent size, and write the weights. Raises: DataError if that fails."""
-    transform = looks.first_of(sample).transform
+    transform = looks.look_of(sample, 0).transform
     lost, strokes = 0.0, None
     if mask is None:
         weights = judged = to_array(shrink(geometry.coverage(transform)))

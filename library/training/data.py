@@ -104,8 +104,8 @@ def read(options: Options, bucket_step_multiple: int, side_multiple: int = 8) ->
     scan.check_masked_loss(options.masks.masked_loss, found.samples + found.validation)
     _warn_of_doubts(configs, found)
     mask_settings.read_first_label_maps(found.samples + found.validation)
-    mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle([subset for each in configs for subset in each.subsets], found.samples)
+    mask_settings.warn_of_idle_dropping(options.masks.mask_token_drop, found.samples)
     mask_settings.warn_of_idle_prior(options.masks.mask_prior_every, found.samples)
     found = mask_shares.without_empty(found)
     cut_settings.warn_of_idle(

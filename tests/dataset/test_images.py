@@ -1,5 +1,8 @@
 import io
 import random
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +99,23 @@ def test_a_transparent_value_of_a_grey_of_sixteen_bits_is_honoured(tmp_path, ori
     Image.fromarray(np.array([[0, 1000, 65535]], np.uint16)).save(tmp_path / "a.png", transparency=1000, exif=exif)
     assert read_image(tmp_path / "a.png", want_alpha=True).alpha.ravel().tolist() == [255, 0, 255]
     assert read_image(tmp_path / "a.png", want_alpha=False).alpha is None
+
+
+@pytest.mark.parametrize(("depth", "row"), [(1, 0b01000000), (2, 0b00011011), (4, 0b00000001)])
+def test_a_transparent_value_of_a_grey_of_few_bits_is_honoured(depth, row):
+    """The second pixel of a row has the value 1, which is transparent."""
+    width = 8 // depth
+    header = struct.pack(">IIBBBBB", width, 1, depth, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, content in (
+        (b"IHDR", header),
+        (b"tRNS", b"\0\1"),
+        (b"IDAT", zlib.compress(bytes([0, row]))),
+        (b"IEND", b""),
+    ):
+        data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    alpha = decode(data, Path("a.png"), want_alpha=True).alpha
+    assert alpha.tolist() == [[255, 0, *[255] * (width - 2)]]
 
 
 def test_grey_with_alpha_is_honoured(tmp_path):

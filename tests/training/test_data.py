@@ -104,6 +104,12 @@ def test_images_with_empty_masks_are_left_out_by_name_where_mask_area_norm_is_on
     assert "mask_area_norm" in line
 
 
+def test_settings_of_masks_have_had_an_effect_where_all_masked_images_are_left_out(argv, tmp_path, caplog) -> None:
+    with_alpha(tmp_path, _0=0)
+    assert len(training_data.read(options_of(argv, "--alpha_mask", "--mask_area_norm", "1"), 64).samples) == 4
+    assert "no effect" not in caplog.text
+
+
 def test_regularisation_images_are_as_many_as_the_images_whose_masks_are_not_empty(argv, tmp_path) -> None:
     with_alpha(tmp_path, _0=0, _1=0, _2=0)
     folder = tmp_path / "reg" / "1_animal"
