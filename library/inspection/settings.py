@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
+from library.dataset import cut_settings, mask_settings
 from library.dataset.config import DatasetConfig, SubsetConfig
 from library.dataset.problems import Problem, listed
 from library.inspection.kinds import found
 from library.inspection.scene import Scene
 
-OF_MASKS: tuple[str, ...] = ("mask_fill", "mask_labels", "mask_invert", "mask_erode", "mask_dilate", "mask_feather")
-OF_MASKS += ("mask_weight_min", "mask_area_norm", "unmasked_probability", "mask_prior_weight")
-OF_PLACEMENT = ("placement_scale", "placement_rotate", "placement_variants")
+OF_MASKS = ("mask_labels", *mask_settings.ACTING_ON_MASKS)
+OF_PLACEMENT = tuple(name for name, needed in cut_settings.PARTS.items() if needed == "random_placement")
 DEFAULTS = {field.name: field.default for field in fields(SubsetConfig)}
 
 
