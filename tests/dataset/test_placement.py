@@ -337,3 +337,17 @@ def test_variants_without_a_cache_are_warned_about(caplog):
     warn_of_idle(subsets, is_cached=False)
     (message,) = caplog.messages
     assert "placement_variants 9 has no effect without --cache_latents" in message
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_free_canvas_weighs_nothing_whatever_the_least_weight(tmp_path, is_cached):
+    subset = replace(SUBSET, placement_scale=(0.4, 0.4), mask_weight_min=0.5)
+    path, file = save_picture(tmp_path / "a.png", 0, 3), tmp_path / "m.png"
+    Image.fromarray(np.zeros((80, 96), np.uint8)).save(file)
+    sample = sample_of(path, subset=subset, mask=MaskSource("file", file))
+    store = build_store([sample], settings_of(to_disk=False), StubEncoder()) if is_cached else None
+    weights = DrawnImages([sample], LoaderSettings(0, 10), store=store)[(Draw(0, 0, 0, 0),)].masks
+    assert weights.min() == 0
+    assert weights.max() == 0.5
+    assert 0.05 < weights.mean() < 0.5 * 0.17
+    assert mask_shares.decoded([sample])[0].share < 0.5 * 0.17
