@@ -15,14 +15,15 @@ from PIL import Image
 
 from library import mask_shaping
 from library.dataset import contact_sheet, files, geometry, images, looks
-from library.dataset.geometry import Pixels
+from library.dataset.geometry import Pixels, Transform
 from library.dataset.images import Decoded
 from library.dataset.problems import Problem
 from library.dataset.scan import Sample
+from library.dataset.weighing import cell_weights
 from library.errors import DataError
 from library.inspection import measuring
 from library.inspection.facts import Coverage, FileFacts, Looked, MaskFacts, PictureFacts
-from library.masks import CELL, shrink, to_array
+from library.masks import CELL, Sums, shrink, to_array
 from library.whole_file import fitting_name
 
 FRAME = 1 / 16  # width of the frame whose weight tells an inverted mask, of the shorter side
@@ -153,8 +154,12 @@ def _mask(sample: Sample, decoded: Decoded | None, problems: list[Problem]) -> t
 
 
 def _coverage(sample: Sample, mask: Pixels | None, target: Path | None) -> Coverage:
-    """Return what a mask lets through at latent size, and write the weights. Raises: DataError if that fails."""
-    transform = sample.transform
+    """Return what a mask lets through at latent size, and write the weights. Raises: DataError if that fails.
+
+    Masks are judged as their pictures are cut without augmentation, or whole with random_placement; the weights are
+    those of training in its first look.
+    """
+    transform = _whole(sample.transform) if sample.subset.random_placement else sample.transform
     lost, strokes = 0.0, None
     if mask is None:
         width, height = transform.target
@@ -163,12 +168,28 @@ def _coverage(sample: Sample, mask: Pixels | None, target: Path | None) -> Cover
         cut = geometry.apply(transform, mask)
         weights = to_array(shrink(cut))
         lost, strokes = measuring.lost(mask, cut, transform), measuring.strokes(cut, weights, transform)
+    placed = images.shrunk(mask, looks.first_of(sample).transform)
+    trained = weights if mask is None or placed is None else _as_trained(placed, sample)
     if target is not None:
         try:
-            np.save(target, weights)
+            np.save(target, trained)
         except OSError as error:
             raise DataError(f"{target}: cannot be written ({error.strerror or error}).") from None
-    return Coverage(float(weights.mean()), *_centre_and_frame(weights), target, lost, strokes)
+    means = (float(weights.mean()), float(trained.mean()))
+    return Coverage(*means, *_centre_and_frame(weights), target, lost, strokes)
+
+
+def _whole(transform: Transform) -> Transform:
+    """Return what shows the whole picture as large as its bucket allows, in whole latent cells."""
+    scale = min(transform.target[axis] / transform.source[axis] for axis in (0, 1))
+    width, height = (max(CELL, round(length * scale / CELL) * CELL) for length in transform.source)
+    return replace(transform, resized=(width, height), crop=(0, 0), target=(width, height))
+
+
+def _as_trained(mask: Sums, sample: Sample) -> measuring.Weights:
+    """Return what the cells of a mask in its first look weigh: (h, w) in [0, 1]."""
+    cover = images.shrunk(None, looks.first_of(sample).transform)
+    return cell_weights(to_array(mask), sample.subset.mask_weight_min, None if cover is None else to_array(cover))
 
 
 def _centre_and_frame(weights: measuring.Weights) -> tuple[float, float]:
@@ -191,7 +212,7 @@ def _thumbnail(sample: Sample, decoded: Decoded, mask: Pixels | None) -> bytes:
     small = np.asarray(cv2.resize(seen.pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
     parts = [small]
     if seen.mask is not None:
-        weights = cv2.resize(to_array(seen.mask), size, interpolation=cv2.INTER_NEAREST_EXACT)
+        weights = cv2.resize(_as_trained(seen.mask, sample), size, interpolation=cv2.INTER_NEAREST_EXACT)
         parts.append(contact_sheet.veiled(small, np.asarray(weights, np.float32)))
     gap = np.full((size[1], THUMBNAIL_GAP, 3), 255, np.uint8)
     row = parts if len(parts) == 1 else [parts[0], gap, parts[1]]

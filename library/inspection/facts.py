@@ -76,7 +76,8 @@ class Strokes:
 class Coverage:
     """What was found by reading the pixels of one sample's mask."""
 
-    mean: float  # weight, in [0, 1]
+    mean: float  # of the mask as it is judged, in [0, 1]
+    learnt: float  # mean weight as trained, mask_weight_min and random_placement included
     centre: float  # mean of the middle half of both sides
     frame: float  # mean along the border
     file: Path | None = None  # where the weights are written
