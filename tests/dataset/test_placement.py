@@ -339,6 +339,14 @@ def test_variants_without_a_cache_are_warned_about(caplog):
     assert "placement_variants 9 has no effect without --cache_latents" in message
 
 
+@pytest.mark.parametrize("angle", [0.0, 1e-7, -8.3e-8, 1e-4])
+def test_sides_that_nearly_coincide_with_the_bucket_s_are_seen(angle):
+    transform = placed((8, 8), (64, 64), (0, -28), (64, 96), angle)
+    assert share_seen(transform, (0, 0, 8, 8)) == pytest.approx(1, abs=0.01)  # the canvas has whole pixels
+    half = replace(transform, crop=(32, -28))
+    assert share_seen(half, (0, 0, 8, 8)) == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize("is_cached", [True, False])
 def test_free_canvas_weighs_nothing_whatever_the_least_weight(tmp_path, is_cached):
     subset = replace(SUBSET, placement_scale=(0.4, 0.4), mask_weight_min=0.5)
