@@ -20,7 +20,7 @@ class CheckpointError(UserError):
     """A model or LoRA file cannot be used."""
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return ' Did you mean X?' for the nearest of choices, or '' if none is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+def did_you_mean(word: str, choices: Iterable[str], *, least: float = 0.6) -> str:
+    """Return ' Did you mean X?' for the nearest of choices, or '' if none is alike by least, from 0 to 1."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=least)
     return f" Did you mean {near[0]}?" if near else ""

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from library.dataset import captions, files, images, looks, mask_captions
 from library.dataset.geometry import Pixels
 from library.dataset.scan import Sample
+from library.dataset.weighing import cell_weights
 from library.errors import DataError
 
 MOST_PICTURES = 120  # on one sheet
@@ -71,8 +72,8 @@ def assemble(pictures: Sequence[Image.Image], num_samples: int, path: Path) -> P
 def _draw_cell(sample: Sample) -> Image.Image:
     pixels = images.read_training_pixels(sample)
     weights = images.read_mask_weights(sample)
-    if weights is not None:
-        weights = np.maximum(weights, np.float32(sample.subset.mask_weight_min))
+    if weights is not None and sample.subset.mask_weight_min:
+        weights = cell_weights(weights, sample.subset.mask_weight_min, images.read_cover(sample))
     cell = Image.new("RGB", (CELL_WIDTH, CELL_HEIGHT), BACKGROUND)
     for number, part in enumerate((pixels, pixels if weights is None else veiled(pixels, weights))):
         method = Image.Resampling.LANCZOS if max(part.shape) > SIDE else Image.Resampling.NEAREST

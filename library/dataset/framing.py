@@ -147,7 +147,7 @@ def kept(transform: Transform, region: Box) -> float:
     return share
 
 
-def cut_off(samples: Iterable[Sample]) -> Iterator[Problem]:
+def cut_off(configs: Sequence[DatasetConfig], samples: Iterable[Sample]) -> Iterator[Problem]:
     """Yield a warning for each image of which mask_aware_crop cannot keep the weighted region whole."""
     for sample in samples:
         is_asked = sample.subset.mask_aware_crop and sample.region != (0, 0, *sample.transform.source)
@@ -157,7 +157,9 @@ def cut_off(samples: Iterable[Sample]) -> Iterator[Problem]:
         if share < 1:
             percent = math.floor(share * 100)
             what = "images have more to be learnt than any cut of theirs shows (mask_aware_crop)"
-            remedy = "There is more room with enable_bucket, or with smaller bucket_reso_steps."
+            is_bucketed = configs[sample.dataset].enable_bucket
+            room = "smaller bucket_reso_steps, or a wider range of bucket sides" if is_bucketed else "enable_bucket"
+            remedy = f"There is more room with {room}."
             message = (
                 f"{sample.path}: mask_aware_crop keeps {percent}% of what its mask lets be learnt, no bucket shows it "
                 f"whole. {remedy}"

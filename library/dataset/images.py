@@ -346,6 +346,19 @@ def read_mask_weights(sample: Sample) -> npt.NDArray[np.float32] | None:
     return None if sums is None else to_array(sums)
 
 
+def read_cover(sample: Sample) -> npt.NDArray[np.float32] | None:
+    """Return how much of each latent cell the picture covers in its first look: (h, w) in [0, 1]; None: all of it.
+
+    Raises: DataError.
+    """
+    if not sample.subset.random_placement:
+        return None
+    if sample.mask.kind == "own":  # a class may give its pictures in any size
+        _, sample, _ = of_sample(sample)
+    sums = shrunk(None, looks.look_of(sample, 0).transform)
+    return None if sums is None else to_array(sums)
+
+
 def augment_colour(pixels: Pixels, rng: random.Random) -> Pixels:
     """Return pixels (H, W, 3) uint8 with another hue or gamma in one case of three, else unchanged.
 

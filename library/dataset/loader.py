@@ -64,6 +64,7 @@ class _Item:
     mask: Sums | None  # (h, w)
     sizes: SizeConditioning
     weight: float = 1.0  # of its loss
+    cover: Sums | None = None  # (h, w), see Shown
 
 
 class DrawnImages(DrawsDataset):
@@ -111,7 +112,7 @@ class DrawnImages(DrawsDataset):
         latents = [item.latents for item in items if item.latents is not None]
         prior, every = self._settings.prior_loss_weight, self._settings.prior_every
         shown = [
-            Shown(sample.subset, item.mask, (prior if sample.is_reg else 1.0) * item.weight)
+            Shown(sample.subset, item.mask, (prior if sample.is_reg else 1.0) * item.weight, item.cover)
             for sample, item in zip(samples, items, strict=True)
         ]
         is_due = every > 0 and draws[0].step % every == 0
@@ -159,18 +160,19 @@ class DrawnImages(DrawsDataset):
             look = looks.look_of(sample, number)
         transform = geometry.draw(look.transform, sample.subset, plan.rng(seed, draw, f"{name} geometry"), face=face)
         sizes = geometry.size_conditioning(transform)
+        cover = images.shrunk(None, transform) if sample.subset.mask_weight_min else None
         if image is None:
             assert self.store is not None
             latents, mask = self.store.get(draw.sample, flip=transform.flip, look=number)
             if sample.mask.is_given and not is_masked:
                 mask = images.shrunk(None, transform)
-            return _Item(caption, None, latents, mask, sizes)
+            return _Item(caption, None, latents, mask, sizes, cover=cover)
         mask_pixels = images.mask_of(image, sample.mask, transform.source) if is_masked else None
         seen = images.see(image, mask_pixels, replace(look, transform=transform), sample.path)
         pixels = seen.pixels
         if sample.subset.color_aug:
             pixels = images.augment_colour(pixels, plan.rng(seed, draw, f"{name} colour"))
-        return _Item(caption, pixels, None, seen.mask, sizes, weight)
+        return _Item(caption, pixels, None, seen.mask, sizes, weight, cover)
 
 
 def _flags(values: Sequence[bool]) -> Tensor | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from library.dataset.scan import Sample
 
 IDLE = "mask-settings-idle"
+NEAR = 0.7  # alikeness of a tag that was perhaps meant: among many words some are a bit alike by chance
 TEXT_FILES = (".txt", ".caption", ".cap")  # what captions are called where caption_extension is not set
 
 
@@ -116,7 +117,7 @@ def _idle_tags(tags: Iterable[str | tuple[str, str]], samples: Sequence[Sample])
     for tag in (each if isinstance(each, str) else each[0] for each in tags):
         if tag.casefold() not in known:
             message = f'{source}: mask_drop_tags has "{tag}", which is a tag of no masked image.'
-            near = did_you_mean(tag.casefold(), sorted(known))
+            near = did_you_mean(tag.casefold(), sorted(known), least=NEAR)
             yield Problem("warning", source, f"{message}{near}", code="drop-tags-unused")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from library.dataset import images, looks, shares
 from library.dataset.problems import listed
 from library.dataset.scan import Sample, Scan
-from library.dataset.weighing import Cells
+from library.dataset.weighing import Cells, cell_weights
 from library.progress import progress
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def of_cells(sample: Sample, mask: Cells | None) -> MaskShare | None:
     """Return what a mask (h, w) in [0, 1] lets through, mask_weight_min included; None for no mask."""
     if mask is None:
         return None
-    weights = np.maximum(mask, np.float32(sample.subset.mask_weight_min))
+    least = sample.subset.mask_weight_min
+    weights = cell_weights(mask, least, images.read_cover(sample) if least else None)
     return MaskShare(sample, float(weights.mean(dtype=np.float64)), not mask.any())
 
 

@@ -21,6 +21,7 @@ TRIES = 24  # places that are drawn until one keeps that much
 SMALLER = 0.9  # times the scale, while no place does
 
 Corners = npt.NDArray[np.float32]  # (4, 2): x, y
+Polygon = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,30 @@ def _starts(room: int, spread: float) -> tuple[int, int]:
 
 def share_seen(transform: Transform, box: Box) -> float:
     """Return how much of a box of the source's pixels the bucket of a placed picture shows, from 0 to 1 of its area."""
-    corners = _to_bucket(transform, box)
-    width, height = transform.target
-    bucket = np.array([(0, 0), (width, 0), (width, height), (0, height)], np.float32)
-    shared, _ = cv2.intersectConvexConvex(corners, bucket)
-    area = cv2.contourArea(corners)
-    return float(shared / area) if area > 0 else 1.0
+    corners = [(float(x), float(y)) for x, y in _to_bucket(transform, box)]
+    area = _area(corners)
+    for axis in (0, 1):  # OpenCV's intersection of polygons is wrong where their sides nearly coincide
+        corners = _clipped(corners, axis, 0, 1)
+        corners = _clipped(corners, axis, transform.target[axis], -1)
+    return _area(corners) / area if area > 0 else 1.0
+
+
+def _clipped(corners: Polygon, axis: int, limit: float, sign: int) -> Polygon:
+    """Return the part of a convex polygon beyond a limit along an axis (sign 1), or before it (-1)."""
+    depths = [sign * (corner[axis] - limit) for corner in corners]
+    left = []
+    for number, corner in enumerate(corners):
+        before, depth, last = depths[number - 1], depths[number], corners[number - 1]
+        if (before < 0) != (depth < 0):
+            share = before / (before - depth)
+            left.append((last[0] + share * (corner[0] - last[0]), last[1] + share * (corner[1] - last[1])))
+        if depth >= 0:
+            left.append(corner)
+    return left
+
+
+def _area(corners: Polygon) -> float:
+    return abs(sum(corners[n - 1][0] * y - x * corners[n - 1][1] for n, (x, y) in enumerate(corners))) / 2
 
 
 def _to_bucket(transform: Transform, box: Box) -> Corners:

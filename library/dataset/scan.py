@@ -93,7 +93,7 @@ def scan(configs: Sequence[DatasetConfig]) -> Scan:
             message = f"{folder}: datasets[{number}] has only regularisation images. Add a subset without is_reg."
             findings.error(folder, message, "only-regularisation")
     findings.problems += faults.surplus_masks(findings.mask_folders, findings.stems, findings.problems)
-    findings.problems += framing.cut_off(sample for samples in found for sample in samples)
+    findings.problems += framing.cut_off(configs, (sample for samples in found for sample in samples))
     samples, validation, shared = shares.divide(found)
     findings.problems += shared
     findings.problems += mask_captions.problems([*samples, *validation])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic"
 MISSING_MASK_RULES = ("error", "train_all", "skip")
 
 Reader = Callable[[Any], Any]
-"""Returns the value in its final type, or raises ValueError saying what was expected."""
+"""Returns the value in its final type, or raises ValueError saying what was expected, and perhaps what was meant."""
 
 
 def _flag(value: Any) -> bool:
@@ -74,7 +75,9 @@ def _whole_of_any_sign(value: Any) -> int:
 
 def _number(least: float, most: float, expected: str) -> Reader:
     def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(expected)
+        if not least <= value <= most:
             raise ValueError(expected)
         return value
 
@@ -84,7 +87,7 @@ def _number(least: float, most: float, expected: str) -> Reader:
 def _choice(choices: tuple[str, ...]) -> Reader:
     def read(value: Any) -> str:
         if value not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
+            raise ValueError(f"one of {', '.join(choices)}", did_you_mean(str(value), choices))
         return str(value)
 
     return read
@@ -94,7 +97,8 @@ def _list_of(choices: tuple[str, ...]) -> Reader:
     def read(value: Any) -> tuple[str, ...]:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not items or any(item not in choices for item in items):
-            raise ValueError(f"one or several of {', '.join(choices)}")
+            wrong = next((item for item in items if item not in choices), "") if isinstance(items, list | tuple) else ""
+            raise ValueError(f"one or several of {', '.join(choices)}", did_you_mean(str(wrong), choices))
         return tuple(items)
 
     return read
@@ -225,7 +229,7 @@ SUBSET_ONLY_KEYS: Mapping[str, Reader] = {"image_dir": _path, "is_reg": _flag, "
 ATTRIBUTES: Mapping[str, Reader] = {"diff_output_preservation": _flag}
 """Keys of custom_attributes."""
 
-COMMAND_LINE_KEYS = ("prior_loss_weight", "debug_dataset", "masked_loss")
+COMMAND_LINE_KEYS = ("prior_loss_weight", "debug_dataset", "masked_loss", "mask_prior_every", "mask_token_drop")
 SYNONYMS = {
     "train_batch_size": "batch_size",
     "dataset_repeats": "num_repeats",
@@ -249,8 +253,9 @@ def read_value(place: str, value: Any, read: Reader) -> Any:
     """Return read(value); OptionError with the place, what was expected and the value, where it does not fit."""
     try:
         return read(value)
-    except ValueError as expected:
-        raise OptionError(f"{place} must be {expected}, got {value!r}.") from None
+    except ValueError as error:
+        expected, hint = (*error.args, "")[:2]
+        raise OptionError(f"{place} must be {expected}, got {value!r}.{hint}") from None
 
 
 def read_table(source: Path, place: str, table: Any, keys: Mapping[str, Reader]) -> Level:

@@ -24,11 +24,15 @@ class Shown:
     subset: SubsetConfig
     mask: Sums | None  # (h, w); None: the image weighs 1 everywhere
     weight: float  # of its loss, whatever its mask
+    cover: Sums | None = None  # (h, w), how much of each cell the picture covers; None: all of it
 
     @property
     def cells(self) -> Cells | None:
-        """What its cells weigh: the mask, but nowhere less than mask_weight_min."""
-        return None if self.mask is None else cell_weights(self.mask, self.subset.mask_weight_min)
+        """What its cells weigh: the mask, but where there is some of the picture, no less than mask_weight_min."""
+        if self.mask is None:
+            return None
+        cover = None if self.cover is None else masks.to_array(self.cover)
+        return cell_weights(masks.to_array(self.mask), self.subset.mask_weight_min, cover)
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,18 @@ class Weighed:
     prior: Tensor | None
 
 
-def cell_weights(mask: Sums, least: float) -> Cells:
-    """Return what the cells of a shrunk mask (h, w) weigh: (h, w) in [0, 1], nowhere below least."""
-    array = masks.to_array(mask)
-    return np.maximum(array, np.float32(least)) if least else array
+def cell_weights(mask: Cells, least: float, cover: Cells | None = None) -> Cells:
+    """Return what the cells of a mask (h, w) in [0, 1] weigh, likewise.
+
+    Args:
+        mask: at latent size.
+        least: what a cell weighs at least that the picture covers.
+        cover: how much of each cell it covers, (h, w) in [0, 1]; the canvas round a placed picture is never learnt.
+            None: all of it.
+    """
+    if not least:
+        return mask
+    return np.maximum(mask, np.float32(least) if cover is None else np.float32(least) * cover)
 
 
 def weigh(images: Sequence[Shown], *, token_reach: int | None, prior_every: int) -> Weighed:

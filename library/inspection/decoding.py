@@ -15,14 +15,15 @@ from PIL import Image
 
 from library import mask_shaping
 from library.dataset import contact_sheet, files, geometry, images, looks
-from library.dataset.geometry import Pixels
+from library.dataset.geometry import Pixels, Transform
 from library.dataset.images import Decoded
 from library.dataset.problems import Problem
 from library.dataset.scan import Sample
+from library.dataset.weighing import cell_weights
 from library.errors import DataError
 from library.inspection import measuring
 from library.inspection.facts import Coverage, FileFacts, Looked, MaskFacts, PictureFacts
-from library.masks import CELL, shrink, to_array
+from library.masks import CELL, Sums, shrink, to_array
 from library.whole_file import fitting_name
 
 FRAME = 1 / 16  # width of the frame whose weight tells an inverted mask, of the shorter side
@@ -153,26 +154,46 @@ def _mask(sample: Sample, decoded: Decoded | None, problems: list[Problem]) -> t
 
 
 def _coverage(sample: Sample, mask: Pixels | None, target: Path | None) -> Coverage:
-    """Return what a mask lets through at latent size, and write the weights. Raises: DataError if that fails."""
-    transform = looks.look_of(sample, 0).transform
+    """Return what a mask lets through at latent size, and write the weights. Raises: DataError if that fails.
+
+    Masks are judged as their pictures are cut without augmentation, or whole where each draw shows another part; the
+    weights are those of training in its first look.
+    """
+    transform = _whole(sample.transform) if sample.subset.random_placement else sample.transform
     lost, strokes = 0.0, None
     if mask is None:
-        weights = judged = to_array(shrink(geometry.coverage(transform)))
+        width, height = transform.target
+        judged = np.ones((height // CELL, width // CELL), np.float32)
     else:
         cut = geometry.apply(transform, mask)
-        weights = judged = to_array(shrink(cut))
-        strokes = measuring.strokes(cut, weights, transform)
+        judged = to_array(shrink(cut))
+        strokes = measuring.strokes(cut, judged, transform)
         if looks.is_cut_anew(sample):
             judged = np.asarray(mask / np.float32(255))
         else:
             lost = measuring.lost(mask, cut, transform)
+    placed = images.shrunk(mask, looks.look_of(sample, 0).transform)
+    trained = judged if placed is None else _as_trained(placed, sample)
     if target is not None:
         try:
-            np.save(target, weights)
+            np.save(target, trained)
         except OSError as error:
             raise DataError(f"{target}: cannot be written ({error.strerror or error}).") from None
-    mean = float(weights.mean())
-    return Coverage(mean, float(judged.mean()), *_centre_and_frame(judged), target, lost, strokes)
+    means = (float(judged.mean()), float(trained.mean()))
+    return Coverage(*means, *_centre_and_frame(judged), target, lost, strokes)
+
+
+def _whole(transform: Transform) -> Transform:
+    """Return what shows the whole picture as large as its bucket allows, in whole latent cells."""
+    scale = min(transform.target[axis] / transform.source[axis] for axis in (0, 1))
+    width, height = (max(CELL, round(length * scale / CELL) * CELL) for length in transform.source)
+    return replace(transform, resized=(width, height), crop=(0, 0), target=(width, height))
+
+
+def _as_trained(mask: Sums, sample: Sample) -> measuring.Weights:
+    """Return what the cells of a mask in its first look weigh: (h, w) in [0, 1]."""
+    cover = images.shrunk(None, looks.look_of(sample, 0).transform)
+    return cell_weights(to_array(mask), sample.subset.mask_weight_min, None if cover is None else to_array(cover))
 
 
 def _centre_and_frame(weights: measuring.Weights) -> tuple[float, float]:
@@ -195,7 +216,7 @@ def _thumbnail(sample: Sample, decoded: Decoded, mask: Pixels | None) -> bytes:
     small = np.asarray(cv2.resize(seen.pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
     parts = [small]
     if seen.mask is not None:
-        weights = cv2.resize(to_array(seen.mask), size, interpolation=cv2.INTER_NEAREST_EXACT)
+        weights = cv2.resize(_as_trained(seen.mask, sample), size, interpolation=cv2.INTER_NEAREST_EXACT)
         parts.append(contact_sheet.veiled(small, np.asarray(weights, np.float32)))
     gap = np.full((size[1], THUMBNAIL_GAP, 3), 255, np.uint8)
     row = parts if len(parts) == 1 else [parts[0], gap, parts[1]]

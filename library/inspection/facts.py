@@ -76,10 +76,10 @@ class Strokes:
 class Coverage:
     """What was found by reading the pixels of one sample's mask."""
 
-    mean: float  # weight, in [0, 1]
-    judged: float  # mean of what is judged: likewise, or of the whole mask where each draw shows another part of it
-    centre: float  # of that the mean of the middle half of both sides
-    frame: float  # of that the mean along the border
+    judged: float  # mean of the mask as it is judged, in [0, 1]: where each draw shows another part, of all of it
+    learnt: float  # mean weight as trained, mask_weight_min and random_placement included
+    centre: float  # of what is judged, the mean of the middle half of both sides
+    frame: float  # of what is judged, the mean along the border
     file: Path | None = None  # where the weights are written
     lost: float = 0.0  # share of what is white that the cut leaves out
     strokes: Strokes | None = None

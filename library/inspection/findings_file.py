@@ -17,14 +17,14 @@ from library.inspection.kinds import reason_of, remedy_of
 
 def mean_weight(looked: Sequence[Looked]) -> float | None:
     """Return the mean weight of the masked images, None if there is none."""
-    means = [each.coverage.mean for each in looked if each.coverage and each.sample.mask.is_given]
+    means = [each.coverage.learnt for each in looked if each.coverage and each.sample.mask.is_given]
     return sum(means) / len(means) if means else None
 
 
 def coverage_line(looked: Sequence[Looked]) -> str | None:
     """Return one line with the least and the most that a mask lets through, None without masks."""
     masked = [each for each in looked if each.coverage and each.sample.mask.is_given]
-    means = [(each.coverage.mean, each.sample.path.name) for each in masked if each.coverage]
+    means = [(each.coverage.learnt, each.sample.path.name) for each in masked if each.coverage]
     if not means:
         return None
     (least, first), (most, last) = min(means), max(means)
@@ -69,7 +69,7 @@ def _image(looked: Looked) -> dict[str, Any]:
         "mask": {
             "source": sample.mask.kind,
             "path": str(sample.mask.path) if sample.mask.path else None,
-            "mean_weight": coverage.mean if coverage else None,
+            "mean_weight": coverage.learnt if coverage else None,
             "weights": str(coverage.file) if coverage and coverage.file else None,
         },
         **({"is_validation": True} if sample.is_validation else {}),  # only of a split: readers know the other keys

@@ -11,7 +11,7 @@ from library.dataset.scan import Sample
 from library.inspection.facts import Coverage, Looked, MaskFacts
 from library.inspection.kinds import KINDS, found
 from library.inspection.scene import Scene
-from library.inspection.shapes import share_cut
+from library.inspection.shapes import ROOMIER, share_cut
 from library.masks import CELL
 
 NEARLY = 0.02  # a mean weight this near to 0 is suspicious
@@ -96,7 +96,9 @@ def as_used(scene: Scene) -> Iterator[Problem]:
             continue
         if sample.mask.path is not None and sample.mask.path.parent in in_own_folder:
             continue
-        problem = _painted_wrong(looked, looked.mask) or _of_coverage(looked, looked.mask, looked.coverage)
+        problem = _painted_wrong(looked, looked.mask) or _of_coverage(
+            looked, looked.mask, looked.coverage, scene.configs[sample.dataset].enable_bucket
+        )
         if problem is not None:
             yield problem
 
@@ -116,14 +118,19 @@ def _painted_wrong(looked: Looked, mask: MaskFacts) -> Problem | None:
     return None
 
 
-def _of_coverage(looked: Looked, mask: MaskFacts, coverage: Coverage) -> Problem | None:
+def _of_coverage(looked: Looked, mask: MaskFacts, coverage: Coverage, is_bucketed: bool) -> Problem | None:
     sample = looked.sample
     code, text, joined = _doubt(sample, mask, coverage)
     is_small = code in ("mask-empty", "mask-nearly-empty", "")
-    if is_small and coverage.lost > max(MOST_LOST, UNEVEN * share_cut(sample)):
+    share = share_cut(sample)
+    even = min(UNEVEN * share, (1 + share) / 2)  # less than all, however much is cut
+    if is_small and coverage.lost > max(MOST_LOST, even):
         reason = f"{coverage.lost:.0%} of what it lets through lies outside of the {_kept(sample)}."
         joint = "masks lose what they let through to the cut"
-        return found("mask-cut-away", _path(sample), reason, files=_about(sample), joint=joint)
+        settings = {"mask_aware_crop": sample.subset.mask_aware_crop, "enable_bucket": is_bucketed}
+        remedy = f"Set {' or '.join(f'{name} = true' for name, is_on in settings.items() if not is_on)}."
+        remedy = ROOMIER if all(settings.values()) else remedy
+        return found("mask-cut-away", _path(sample), reason, remedy=remedy, files=_about(sample), joint=joint)
     if code:
         kind = "mask" if sample.mask.kind == "file" else "alpha channel"
         path = _path(sample)

@@ -96,7 +96,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _weights(looked: Iterable[Looked]) -> list[float]:
-    return [each.coverage.mean for each in looked if each.coverage and each.sample.mask.is_given]
+    return [each.coverage.learnt for each in looked if each.coverage and each.sample.mask.is_given]
 
 
 def _findings(problems: Sequence[Problem], shots: _Shots) -> str:
@@ -241,7 +241,7 @@ def _sheet(looked: Sequence[Looked], problems: Sequence[Problem]) -> str:
 def _sheet_figure(looked: Looked, told: Mapping[Path, set[int]]) -> str:
     assert looked.thumbnail is not None
     sample, coverage = looked.sample, looked.coverage
-    share = f"{coverage.mean:.0%} learnt" if coverage and sample.mask.is_given else "no mask"
+    share = f"{coverage.learnt:.0%} learnt" if coverage and sample.mask.is_given else "no mask"
     size = "{}×{}".format(*sample.transform.target)
     count = len(told.get(sample.path, set()) | (told.get(sample.mask.path, set()) if sample.mask.path else set()))
     found = f" · <em>{_number(count, 'finding')}</em>" if count else ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from library.dataset import looks
+from library.dataset import buckets, looks
+from library.dataset.geometry import Size, Transform
 from library.dataset.plan import group_by_bucket
 from library.dataset.problems import Problem
 from library.dataset.scan import Sample
@@ -14,6 +16,7 @@ from library.inspection.scene import Scene
 ENLARGED = 2.0  # times: beyond it a picture is mush
 EXTREME = 4.0  # longer side to shorter
 MOST_CUT = 0.5  # share of the picture's area
+ROOMIER = "Set smaller bucket_reso_steps or a wider range of bucket sides, or cut it yourself."
 
 
 def turned(scene: Scene) -> Iterator[Problem]:
@@ -32,7 +35,9 @@ def enlarged(scene: Scene) -> Iterator[Problem]:
         if scale >= ENLARGED and _aspect(sample) <= EXTREME:
             (width, height), target = transform.source, "{}x{}".format(*transform.target)
             reason = f"has {width}x{height} pixels and is enlarged {scale:.1f} times, to fill {target}."
-            yield found("image-enlarged", sample.path, reason, joint="pictures are enlarged a lot")
+            is_zoomed = sample.subset.mask_aware_zoom > 1 and transform.resized != _covering(transform)
+            remedy = "Lower mask_aware_zoom, or find a larger original." if is_zoomed else ""
+            yield found("image-enlarged", sample.path, reason, remedy=remedy, joint="pictures are enlarged a lot")
 
 
 def extreme(scene: Scene) -> Iterator[Problem]:
@@ -40,7 +45,9 @@ def extreme(scene: Scene) -> Iterator[Problem]:
     for sample in _filling(scene):
         if _aspect(sample) > EXTREME:
             width, height = sample.transform.source
-            reason = f"is {width}x{height}, {_aspect(sample):.1f} to 1. {share_cut(sample):.0%} is cut away."
+            share = share_cut(sample)
+            outcome = f"{share:.0%} is cut away." if share else "It is small in its bucket."
+            reason = f"is {width}x{height}, {_aspect(sample):.1f} to 1. {outcome}"
             yield found("image-aspect", sample.path, reason, joint="pictures are of extreme proportions")
 
 
@@ -51,7 +58,9 @@ def cut(scene: Scene) -> Iterator[Problem]:
         if share > MOST_CUT and _aspect(sample) <= EXTREME:
             target = "{}x{}".format(*sample.transform.target)
             reason = f"{share:.0%} of it is cut away to fit into {target}."
-            yield found("image-cut", sample.path, reason, joint="pictures lose more than half to the cut")
+            remedy = ROOMIER if scene.configs[sample.dataset].enable_bucket else ""
+            joint = "pictures lose more than half to the cut"
+            yield found("image-cut", sample.path, reason, remedy=remedy, joint=joint)
 
 
 def short_batches(scene: Scene) -> Iterator[Problem]:
@@ -74,9 +83,21 @@ def _aspect(sample: Sample) -> float:
 
 
 def share_cut(sample: Sample) -> float:
-    """Return the share of a picture that its bucket does not show."""
-    (width, height), (resized_width, resized_height) = sample.transform.target, sample.transform.resized
-    return max(0.0, 1 - width * height / (resized_width * resized_height))
+    """Return the share of a picture that does not fit into its bucket.
+
+    What mask_aware_zoom cuts is meant; random_placement brings in the whole picture.
+    """
+    transform = sample.transform
+    if sample.subset.random_placement:
+        return 0.0
+    is_zoomed = sample.subset.mask_aware_crop and sample.subset.mask_aware_zoom > 1
+    resized = _covering(transform) if is_zoomed else transform.resized
+    return max(0.0, 1 - math.prod(transform.target) / math.prod(resized))
+
+
+def _covering(transform: Transform) -> Size:
+    """Return the least size of the picture at which it fills its bucket."""
+    return buckets.cover(transform.source, transform.target)
 
 
 def _filling(scene: Scene) -> Iterator[Sample]:

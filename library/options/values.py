@@ -136,8 +136,8 @@ def int_or_ratio(raw: Any) -> int | float:
 
 
 def read_range(value: Any) -> tuple[float, float]:
-    """Return (least, most) of [2.0, 4.0] or "2.0,4.0"; ValueError says what was expected."""
-    expected = 'two numbers above 0, the smaller first, like [2.0, 4.0] or "2.0,4.0"'
+    """Return (least, most) of [0.5, 1.0] or "0.5,1.0"; ValueError says what was expected."""
+    expected = 'two numbers above 0, the smaller first, like [0.5, 1.0] or "0.5,1.0"'
     try:
         numbers = [float(end) for end in (value.split(",") if isinstance(value, str) else value)]
     except (TypeError, ValueError):

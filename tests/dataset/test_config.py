@@ -239,6 +239,13 @@ def test_masks_of_every_kind_may_stand_beside_regularisation_images(read):
             r"general\.custom_attributes\.diff_output_preservation must be true or false, got 1",
         ),
         (one_subset("metadata_file = 3"), r"subsets\[0\]\.metadata_file must be a path as a string, got 3"),
+        (one_subset("mask_fill = ['keep', 'extnd']"), r"one or several of .*got .*'extnd'.*Did you mean extend\?"),
+        (one_subset("missing_mask = 'trainall'"), r"missing_mask must be one of .*Did you mean train_all\?"),
+        (one_subset("mask_prior_weight = inf"), r"mask_prior_weight must be a number of at least 0, got inf"),
+        (
+            one_subset("mask_prior_every = 2"),
+            r"mask_prior_every can only be set on the command line, as --mask_prior_e",
+        ),
         (one_subset("in_json = 'm.json'"), r"in_json is not a key of a dataset config\. Did you mean metadata_file"),
         (one_subset(dataset="validation_split = 'a'"), r"datasets\[0\]\.validation_split must be a number"),
         ("[[datasets]]\n[[datasets.subsets]]\nis_reg = true", r"subsets\[0\] has no image_dir"),

@@ -344,3 +344,25 @@ def test_variants_without_a_cache_are_warned_about(caplog):
     warn_of_idle(subsets, is_cached=False)
     (message,) = caplog.messages
     assert "placement_variants 9 has no effect without --cache_latents" in message
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-7, -8.3e-8, 1e-4])
+def test_sides_that_nearly_coincide_with_the_bucket_s_are_seen(angle):
+    transform = placed((8, 8), (64, 64), (0, -28), (64, 96), angle)
+    assert share_seen(transform, (0, 0, 8, 8)) == pytest.approx(1, abs=0.01)  # the canvas has whole pixels
+    half = replace(transform, crop=(32, -28))
+    assert share_seen(half, (0, 0, 8, 8)) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_free_canvas_weighs_nothing_whatever_the_least_weight(tmp_path, is_cached):
+    subset = replace(SUBSET, placement_scale=(0.4, 0.4), mask_weight_min=0.5)
+    path, file = save_picture(tmp_path / "a.png", 0, 3), tmp_path / "m.png"
+    Image.fromarray(np.zeros((80, 96), np.uint8)).save(file)
+    sample = sample_of(path, subset=subset, mask=MaskSource("file", file))
+    store = build_store([sample], settings_of(to_disk=False), StubEncoder()) if is_cached else None
+    weights = DrawnImages([sample], LoaderSettings(0, 10), store=store)[(Draw(0, 0, 0, 0),)].masks
+    assert weights.min() == 0
+    assert weights.max() == 0.5
+    assert 0.05 < weights.mean() < 0.5 * 0.17
+    assert mask_shares.decoded([sample])[0].share < 0.5 * 0.17

@@ -161,6 +161,64 @@ def test_of_many_warnings_of_a_kind_some_are_printed(folder, capsys):
     assert "warning: 5 more of this kind, which --json lists [caption-names-masked]" in printed
 
 
+def test_what_the_zoom_of_mask_aware_crop_cuts_is_meant(folder):
+    mask = np.zeros((128, 160), np.uint8)
+    mask[56:72, 70:90] = 255
+    for stem in ("ant", "bee", "cow"):
+        Image.fromarray(mask).save(folder.masks / f"{stem}.png")
+    zoom = "mask_aware_crop = true\nmask_aware_zoom ="
+    assert found(config(folder, f"{zoom} 1.9")) == []
+    assert {code for code, _ in found(config(folder, f"{zoom} 3.0"))} == {"image-enlarged"}
+    assert remedies(config(folder, f"{zoom} 3.0"))[0] == "Lower mask_aware_zoom, or find a larger original."
+
+
+def test_what_is_placed_is_not_cut(folder):
+    scene("dog", (640, 160)).save(folder.images / "dog.png")
+    folder.caption("dog", "a dog")
+    mask = np.zeros((160, 640), np.uint8)
+    mask[40:120, :160] = 255
+    Image.fromarray(mask).save(folder.masks / "dog.png")
+    assert [code for code, _ in found(config(folder))] == ["mask-cut-away"]
+    assert found(config(folder, "random_placement = true")) == []
+
+
+def remedies(path: Path) -> list[str]:
+    found(path)
+    problems = json.loads(path.with_name("out.json").read_text(encoding="utf-8"))["problems"]
+    return [each["remedy"] for each in problems if each["severity"] != "note"]
+
+
+def test_what_is_cut_away_is_not_mended_by_what_is_on_already(folder):
+    scene("dog", (640, 160)).save(folder.images / "dog.png")
+    folder.caption("dog", "a dog")
+    ellipse((640, 160)).save(folder.masks / "dog.png")
+    buckets = "enable_bucket = true\nmin_bucket_reso = 128\nmax_bucket_reso = 192"
+    assert remedies(config(folder))[0].startswith("Set enable_bucket = true")
+    assert remedies(config(folder, dataset=buckets))[0].startswith("Set smaller bucket_reso_steps")
+    mask = np.zeros((160, 640), np.uint8)
+    mask[40:120, :160] = 255
+    Image.fromarray(mask).save(folder.masks / "dog.png")
+    assert remedies(config(folder))[0] == "Set mask_aware_crop = true or enable_bucket = true."
+    assert remedies(config(folder, dataset=buckets))[0] == "Set mask_aware_crop = true."
+    mask[40:120, :] = 255
+    Image.fromarray(mask).save(folder.masks / "dog.png")
+    assert remedies(config(folder, "mask_aware_crop = true"))[0] == "There is more room with enable_bucket."
+    told = remedies(config(folder, "mask_aware_crop = true", dataset=buckets))[0]
+    assert told == "There is more room with smaller bucket_reso_steps, or a wider range of bucket sides."
+
+
+def test_the_weights_told_are_those_of_training(folder):
+    out = folder.images.parent / "out.json"
+    found(config(folder))
+    plain = [each["mask"]["mean_weight"] for each in json.loads(out.read_text(encoding="utf-8"))["images"]]
+    found(config(folder, "mask_weight_min = 0.5"))
+    raised = [each["mask"]["mean_weight"] for each in json.loads(out.read_text(encoding="utf-8"))["images"]]
+    assert all(0.5 < high > low for high, low in zip(raised, plain, strict=True))
+    found(config(folder, "random_placement = true\nplacement_scale = [0.4, 0.4]\nmask_weight_min = 0.5"))
+    placed = [each["mask"]["mean_weight"] for each in json.loads(out.read_text(encoding="utf-8"))["images"]]
+    assert all(share < 0.17 for share in placed)  # the canvas that the picture leaves free weighs nothing
+
+
 def test_masked_loss_without_masks_is_an_error_with_its_code(folder, tmp_path):
     path = tmp_path / "bare.toml"
     head = "[[datasets]]\nresolution = [160, 128]\ncaption_extension = '.txt'\n"
