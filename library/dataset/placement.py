@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,8 +21,8 @@ LEAST_KEPT = 0.8  # of the weighted region's area that stays in the bucket
 TRIES = 24  # places that are drawn until one keeps that much
 SMALLER = 0.9  # times the scale, while no place does
 
-Corners = npt.NDArray[np.float32]  # (4, 2): x, y
-Polygon = list[tuple[float, float]]
+Corners = npt.NDArray[np.float64]  # (4, 2): x, y
+Point = tuple[float, float]  # x, y
 
 
 @dataclass(frozen=True)
@@ -113,29 +114,32 @@ def _starts(room: int, spread: float) -> tuple[int, int]:
 def share_seen(transform: Transform, box: Box) -> float:
     """Return how much of a box of the source's pixels the bucket of a placed picture shows, from 0 to 1 of its area."""
     corners = [(float(x), float(y)) for x, y in _to_bucket(transform, box)]
+    seen = corners
+    for axis, end in enumerate(transform.target):
+        seen = _clipped(_clipped(seen, axis, 0, 1), axis, end, -1)
     area = _area(corners)
-    for axis in (0, 1):  # OpenCV's intersection of polygons is wrong where their sides nearly coincide
-        corners = _clipped(corners, axis, 0, 1)
-        corners = _clipped(corners, axis, transform.target[axis], -1)
-    return _area(corners) / area if area > 0 else 1.0
+    return min(1.0, _area(seen) / area) if area > 0 else 1.0
 
 
-def _clipped(corners: Polygon, axis: int, limit: float, sign: int) -> Polygon:
-    """Return the part of a convex polygon beyond a limit along an axis (sign 1), or before it (-1)."""
-    depths = [sign * (corner[axis] - limit) for corner in corners]
-    left = []
-    for number, corner in enumerate(corners):
-        before, depth, last = depths[number - 1], depths[number], corners[number - 1]
-        if (before < 0) != (depth < 0):
-            share = before / (before - depth)
-            left.append((last[0] + share * (corner[0] - last[0]), last[1] + share * (corner[1] - last[1])))
-        if depth >= 0:
-            left.append(corner)
-    return left
+def _clipped(corners: Sequence[Point], axis: int, bound: float, side: int) -> list[Point]:
+    """Return what of a convex shape lies above a bound of one axis (side 1), or below it (-1).
+
+    OpenCV's intersectConvexConvex loses parts of shapes whose edges nearly coincide.
+    """
+    kept: list[Point] = []
+    for here, there in zip(corners, (*corners[1:], *corners[:1]), strict=True):
+        inside, beyond = (side * (point[axis] - bound) for point in (here, there))
+        if inside >= 0:
+            kept.append(here)
+        if inside * beyond < 0:
+            share = inside / (inside - beyond)
+            kept.append((here[0] + share * (there[0] - here[0]), here[1] + share * (there[1] - here[1])))
+    return kept
 
 
-def _area(corners: Polygon) -> float:
-    return abs(sum(corners[n - 1][0] * y - x * corners[n - 1][1] for n, (x, y) in enumerate(corners))) / 2
+def _area(corners: Sequence[Point]) -> float:
+    pairs = zip(corners, (*corners[1:], *corners[:1]), strict=True)
+    return abs(sum(x * below - beside * y for (x, y), (beside, below) in pairs)) / 2
 
 
 def _to_bucket(transform: Transform, box: Box) -> Corners:
@@ -145,7 +149,7 @@ def _to_bucket(transform: Transform, box: Box) -> Corners:
     corners = np.array([(left, top), (right, top), (right, bottom), (left, bottom)], np.float64)
     corners *= (resized[0] / width, resized[1] / height)
     matrix = _matrix(transform)
-    return np.asarray(corners @ matrix[:, :2].T + matrix[:, 2], np.float32)
+    return np.asarray(corners @ matrix[:, :2].T + matrix[:, 2], np.float64)
 
 
 def _matrix(transform: Transform) -> npt.NDArray[np.float64]:

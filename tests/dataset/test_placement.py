@@ -145,6 +145,13 @@ def test_angles_are_drawn_either_way():
     assert max(map(abs, angles)) <= 20
 
 
+@pytest.mark.parametrize("angle", [0, 1e-7, -1e-7, 1e-5])
+def test_a_picture_whose_edge_lies_nearly_on_the_bucket_s_is_seen_whole(angle):
+    transform = placed((8, 8), (64, 64), (0, -25), (64, 96), angle)
+    assert share_seen(transform, (0, 0, 8, 8)) == pytest.approx(1, abs=0.01)
+    assert share_seen(replace(transform, crop=(-32, -25)), (0, 0, 8, 8)) == pytest.approx(0.5, abs=0.01)
+
+
 sides = st.integers(8, 400)
 
 
