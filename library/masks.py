@@ -87,6 +87,22 @@ def to_array(sums: Sums) -> npt.NDArray[np.float32]:
     return sums.astype(np.float32) / np.float32(FULL)
 
 
+def cell_weights(
+    mask: npt.NDArray[np.float32], least: float, cover: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float32]:
+    """Return what the cells of a mask (h, w) in [0, 1] weigh, likewise.
+
+    Args:
+        mask: at latent size.
+        least: what a cell weighs at least that the picture covers.
+        cover: how much of each cell it covers, (h, w) in [0, 1]; the canvas round a placed picture is never learnt.
+            None: all of it.
+    """
+    if not least:
+        return mask
+    return np.maximum(mask, np.float32(least) if cover is None else np.float32(least) * cover)
+
+
 def to_weights(sums: Sums) -> Tensor:
     """Return the weights of one shrunk mask (h, w) as a loss takes them: (1, h, w) float32 in [0, 1]."""
     import torch

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from library.dataset import captions, files, images, looks, mask_captions
 from library.dataset.geometry import Pixels
 from library.dataset.scan import Sample
-from library.dataset.weighing import cell_weights
 from library.errors import DataError
+from library.masks import cell_weights
 
 MOST_PICTURES = 120  # on one sheet
 SIDE = 224  # longest side of a picture on the sheet, pixels

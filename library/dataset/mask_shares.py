@@ -14,7 +14,8 @@ import numpy as np
 from library.dataset import images, looks, shares
 from library.dataset.problems import listed
 from library.dataset.scan import Sample, Scan
-from library.dataset.weighing import Cells, cell_weights
+from library.dataset.weighing import Cells
+from library.masks import cell_weights
 from library.progress import progress
 
 if TYPE_CHECKING:

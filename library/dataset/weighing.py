@@ -32,7 +32,7 @@ class Shown:
         if self.mask is None:
             return None
         cover = None if self.cover is None else masks.to_array(self.cover)
-        return cell_weights(masks.to_array(self.mask), self.subset.mask_weight_min, cover)
+        return masks.cell_weights(masks.to_array(self.mask), self.subset.mask_weight_min, cover)
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,6 @@ class Weighed:
     kept_tokens: Tensor | None
     regions: Tensor | None
     prior: Tensor | None
-
-
-def cell_weights(mask: Cells, least: float, cover: Cells | None = None) -> Cells:
-    """Return what the cells of a mask (h, w) in [0, 1] weigh, likewise.
-
-    Args:
-        mask: at latent size.
-        least: what a cell weighs at least that the picture covers.
-        cover: how much of each cell it covers, (h, w) in [0, 1]; the canvas round a placed picture is never learnt.
-            None: all of it.
-    """
-    if not least:
-        return mask
-    return np.maximum(mask, np.float32(least) if cover is None else np.float32(least) * cover)
 
 
 def weigh(images: Sequence[Shown], *, token_reach: int | None, prior_every: int) -> Weighed:

@@ -19,11 +19,10 @@ from library.dataset.geometry import Pixels, Transform
 from library.dataset.images import Decoded
 from library.dataset.problems import Problem
 from library.dataset.scan import Sample
-from library.dataset.weighing import cell_weights
 from library.errors import DataError
 from library.inspection import measuring
 from library.inspection.facts import Coverage, FileFacts, Looked, MaskFacts, PictureFacts
-from library.masks import CELL, Sums, shrink, to_array
+from library.masks import CELL, Sums, cell_weights, shrink, to_array
 from library.whole_file import fitting_name
 
 FRAME = 1 / 16  # width of the frame whose weight tells an inverted mask, of the shorter side
