@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 GOOD, HAS_ERRORS, WRONG_USE = 0, 1, 2  # exit codes
 SHOWN = ("dataset", "captions", "masks", "validation")  # groups in --help
-BUCKET_STEP_MULTIPLE = 64  # of SD 1.x and 2.x
+BUCKET_STEP_MULTIPLE = 32  # of SDXL and SD3: which model it is for is not known
+COARSE_STEP_MULTIPLE = 64  # of SD 1.x and 2.x
 WRITTEN = ("json", "masks", "contact_sheet", "html")  # flags that name what is written
 SEVERITIES = ("error", "warning", "note")
 MOST_WARNINGS = 20  # of a kind that are told one by one
@@ -82,6 +83,12 @@ def check(read: CommandLine) -> int:
         findings_file.write_json(findings_file.as_json(found, looked, problems), wanted["json"])
 
     print(*summary.lines(configs, found.samples, found.validation), sep="\n")
+    for number, each in enumerate(configs):
+        if each.enable_bucket and each.bucket_reso_steps % COARSE_STEP_MULTIPLE:
+            step = f"bucket_reso_steps {each.bucket_reso_steps}"
+            print(
+                f"dataset {number}: {step} fits SDXL and SD3; SD 1.x and 2.x take multiples of {COARSE_STEP_MULTIPLE}"
+            )
     print(summary.mask_line(samples, mean_weight=findings_file.mean_weight(looked)))
     if line := findings_file.coverage_line(looked):
         print(line)

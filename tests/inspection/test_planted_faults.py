@@ -90,9 +90,10 @@ def test_the_page_needs_nothing_but_itself(found, root):
 @pytest.mark.parametrize("config", CLEAN, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_nothing_is_found_in_the_examples(config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(check_dataset, "BUCKET_STEP_MULTIPLE", 32)
     assert check_dataset.main(["--dataset_config", str(config), "--full"]) == 0
-    assert "problems: 0 errors, 0 warnings\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "problems: 0 errors, 0 warnings\n" in told
+    assert ("SD 1.x and 2.x take multiples of 64" in told) == ("bucket_reso_steps = 32" in config.read_text("utf-8"))
 
 
 def test_the_words_tell_the_worst_first_and_name_the_kind(root, expected, capsys):
