@@ -99,6 +99,10 @@ class SubsetConfig:
         """What names the images: the metadata file, or else the folder."""
         return self.metadata_file or self.image_dir
 
+    def sets(self, name: str) -> bool:
+        """Return whether a setting is not at its default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
+
     @property
     def mask_shape(self) -> MaskShape:
         """What is done to masks of files; those of other kinds have no labels."""

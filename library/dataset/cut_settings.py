@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from library.errors import OptionError
@@ -54,7 +53,6 @@ def check(place: str, subset: SubsetConfig) -> None:
                 raise OptionError(
                     f"{place}: {name} and {other} both say where {subset.source} is cut. Leave out one of the two."
                 )
-    defaults = {field.name: field.default for field in fields(subset)}
     for name, needed in PARTS.items():
-        if getattr(subset, name) != defaults[name] and not getattr(subset, needed):
+        if subset.sets(name) and not getattr(subset, needed):
             log.warning("%s: %s has no effect without %s", place, name, needed)

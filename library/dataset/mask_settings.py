@@ -48,6 +48,8 @@ def check(place: str, subset: SubsetConfig) -> None:
             "%s: mask_weight_min %g lets the fill itself (mask_fill %s) be learnt at that weight",
             *(place, subset.mask_weight_min, fills),
         )
+    if subset.sets("mask_area_floor") and not subset.mask_area_norm:
+        log.warning("%s: mask_area_floor has no effect without mask_area_norm", place)
     if subset.mask_labels and subset.conditioning_data_dir is None:
         log.warning("%s: mask_labels has no effect without conditioning_data_dir: only mask files hold labels", place)
 
@@ -59,9 +61,8 @@ def warn_of_idle(subsets: Iterable[SubsetConfig], samples: Iterable[Sample]) -> 
     if "padding" in kinds:
         idle -= {"mask_fill"}  # it fills the canvas that placed images leave free
     for subset in subsets:
-        plain = type(subset)(subset.image_dir)
         for name in sorted(idle, key=ACTING_ON_MASKS.index):
-            if getattr(subset, name) != getattr(plain, name):
+            if subset.sets(name):
                 log.warning("%s: %s has no effect: no image has a mask", subset.source, name)
 
 

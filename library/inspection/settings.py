@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 from library.dataset import cut_settings, mask_settings
 from library.dataset.config import DatasetConfig, SubsetConfig
@@ -13,7 +12,6 @@ from library.inspection.scene import Scene
 
 OF_MASKS = ("mask_labels", *mask_settings.ACTING_ON_MASKS)
 OF_PLACEMENT = tuple(name for name, needed in cut_settings.PARTS.items() if needed == "random_placement")
-DEFAULTS = {field.name: field.default for field in fields(SubsetConfig)}
 
 
 def idle_mask_settings(scene: Scene) -> Iterator[Problem]:
@@ -80,4 +78,4 @@ def _of(config: DatasetConfig) -> tuple[SubsetConfig, ...]:
 
 def _set(subset: SubsetConfig, names: tuple[str, ...]) -> list[str]:
     """Return those of the settings that differ from their defaults."""
-    return [name for name in names if getattr(subset, name) != DEFAULTS[name]]
+    return [name for name in names if subset.sets(name)]

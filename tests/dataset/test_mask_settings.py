@@ -87,6 +87,13 @@ def test_a_fill_that_is_learnt_is_warned_about(read, caplog):
     assert not caplog.messages
 
 
+def test_a_floor_of_areas_needs_the_exponent(read, caplog):
+    read("mask_area_floor = 0.05\nmask_area_norm = 1.0")
+    assert not caplog.text
+    read("mask_area_floor = 0.05")
+    assert "mask_area_floor has no effect without mask_area_norm" in caplog.text
+
+
 def test_labels_without_mask_files_are_warned_about(read, caplog):
     read("mask_labels = {1 = 1.0}\nalpha_mask = true")
     assert "mask_labels has no effect without conditioning_data_dir" in caplog.text

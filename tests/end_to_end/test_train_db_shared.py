@@ -8,7 +8,7 @@ from end_to_end import test_sharing
 from end_to_end.test_several_processes import uneven
 from end_to_end.test_sharing import FSDP
 from end_to_end.train_db_runs import DB, TEXT, db_arguments, train_db
-from end_to_end.training_runs import differing, events_of, launch, subset, tensors_of, write_toml
+from end_to_end.training_runs import differing, events_of, launch, tensors_of
 
 STEPS = ("--optimizer_type", "SGD", "--learning_rate", 0.1, "--save_every_n_steps", 1)
 STOP = ("--stop_text_encoder_training", 2)
@@ -19,14 +19,7 @@ SHIFT = (
 FIRST = "lora-step00000001.safetensors"
 
 
-@pytest.fixture
-def config(pictures, tmp_path) -> Path:
-    """Write a config of four masked images."""
-    return write_toml(
-        tmp_path / "d.toml",
-        subset(pictures.photos, conditioning_data_dir=pictures.photo_masks),
-        subset(pictures.cutouts, alpha_mask=True),
-    )
+config = test_sharing.config  # a fixture: four masked images
 
 
 def shared(folder: Path, config: Path, *more: object, variables: dict[str, str] = FSDP) -> str:
